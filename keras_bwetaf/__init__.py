@@ -1,0 +1,31 @@
+"""The BwETAFv3 language model as Keras 3 layers on JAX."""
+
+from keras_bwetaf import _environment  # noqa: F401, I001  must come first
+
+from importlib.metadata import version
+
+from keras_bwetaf import layers, models
+from keras_bwetaf.generation import BwETAFSampler
+from keras_bwetaf.models import (
+    BwETAFBackbone,
+    BwETAFCausalLM,
+    BwETAFCausalLMPreprocessor,
+    BwETAFTokenizer,
+    train_tokenizer,
+)
+from keras_bwetaf.presets import from_preset, list_presets
+
+__version__ = version("keras-bwetaf")
+
+__all__ = [
+    "BwETAFBackbone",
+    "BwETAFCausalLM",
+    "BwETAFCausalLMPreprocessor",
+    "BwETAFSampler",
+    "BwETAFTokenizer",
+    "from_preset",
+    "layers",
+    "list_presets",
+    "models",
+    "train_tokenizer",
+]

@@ -1,0 +1,143 @@
+"""The tensors of the version 3 architecture: one table for every direction."""
+
+from dataclasses import dataclass
+
+from converters.bwetaf_v3_config import per_layer
+from converters.transforms import Half, Squeeze, Transpose, view_shape
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How each format ends a tensor's name and lays out its values.
+
+    Args:
+        flax: str. Last part of the Flax path.
+        name: str. Last part of the canonical name.
+        keras: str. Last part of the Keras path.
+        from_flax: tuple of transforms that show the Flax tensor in the
+            canonical layout.
+        to_keras: tuple of transforms that show the canonical tensor in
+            Keras's layout.
+    """
+
+    flax: str
+    name: str
+    keras: str
+    from_flax: tuple = ()
+    to_keras: tuple = ()
+
+
+TURN, FLAT, VALUE, GATE = Transpose(), Squeeze(), Half(0), Half(1)
+
+EMBEDDING = Kind("embedding", "weight", "embeddings")
+SCALE = Kind("scale", "weight", "scale")
+KERNEL = Kind("w", "weight", "kernel", (TURN,), (TURN,))
+BIAS = Kind("b", "bias", "bias", (FLAT,))
+# The original's first feed-forward product holds two tensors of ours.
+VALUE_KERNEL = Kind("w", "weight", "kernel", (VALUE, TURN), (TURN,))
+VALUE_BIAS = Kind("b", "bias", "bias", (FLAT, VALUE))
+GATE_KERNEL = Kind("w", "weight", "kernel", (GATE, TURN), (TURN,))
+GATE_BIAS = Kind("b", "bias", "bias", (FLAT, GATE))
+
+# Kind, sizes in Flax, path in Flax, canonical name (also PyTorch's), path in
+# Keras. d: hidden, k: keys and values of all heads, f: intermediate, v:
+# vocabulary, ff: both halves.
+MODEL_ROWS = (
+    (EMBEDDING, "v d", "emb", "model.embed_tokens", "token_embedding"),
+)
+LAYER_ROWS = (
+    (SCALE, "d", "ln1", "input_layernorm", "attention_norm"),
+    (KERNEL, "d d", "attn/q_dense", "self_attn.q_proj", "self_attention/query"),
+    (KERNEL, "d k", "attn/k_dense", "self_attn.k_proj", "self_attention/key"),
+    (KERNEL, "d k", "attn/v_dense", "self_attn.v_proj", "self_attention/value"),
+    (
+        KERNEL,
+        "d d",
+        "attn/d_out",
+        "self_attn.o_proj",
+        "self_attention/attention_output",
+    ),
+    (
+        BIAS,
+        "1 1 d",
+        "attn/d_out",
+        "self_attn.o_proj",
+        "self_attention/attention_output",
+    ),
+    (SCALE, "d", "ln2", "post_attention_layernorm", "feedforward_norm"),
+    (VALUE_KERNEL, "d ff", "d1", "mlp.up_proj", "feedforward/intermediate"),
+    (VALUE_BIAS, "1 1 ff", "d1", "mlp.up_proj", "feedforward/intermediate"),
+    (GATE_KERNEL, "d ff", "d1", "mlp.gate_proj", "feedforward/gate"),
+    (GATE_BIAS, "1 1 ff", "d1", "mlp.gate_proj", "feedforward/gate"),
+    (KERNEL, "f d", "d2", "mlp.down_proj", "feedforward/output"),
+    (BIAS, "1 1 d", "d2", "mlp.down_proj", "feedforward/output"),
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One canonical tensor of one model, and its place in every format.
+
+    Args:
+        kind: `Kind`.
+        flax: tuple of str. Path in the Flax tree.
+        flax_shape: tuple of int.
+        name: str. Canonical name.
+        keras: str. Path of the Keras variable.
+    """
+
+    kind: Kind
+    flax: tuple
+    flax_shape: tuple
+    name: str
+    keras: str
+
+    @property
+    def shape(self):
+        return view_shape(self.kind.from_flax, self.flax_shape)
+
+    @property
+    def keras_shape(self):
+        return view_shape(self.kind.to_keras, self.shape)
+
+
+def tensors(config):
+    """Lists the tensors of a model.
+
+    Args:
+        config: dict. A canonical configuration that `check_config` accepts.
+
+    Returns:
+        list of `Tensor`, the embedding first, then layer by layer.
+    """
+    sizes = {
+        "1": 1,
+        "v": config["vocab_size"],
+        "d": config["hidden_size"],
+        "f": config["intermediate_size"],
+        "ff": 2 * config["intermediate_size"],
+    }
+    result = [_tensor(row, sizes) for row in MODEL_ROWS]
+    heads = per_layer(config, "num_attention_heads")
+    shared = per_layer(config, "num_key_value_heads")
+    for layer in range(config["num_hidden_layers"]):
+        sizes["k"] = sizes["d"] // heads[layer] * shared[layer]
+        prefixes = (
+            f"blocks_{layer}/",
+            f"model.layers.{layer}.",
+            f"transformer_layer_{layer}/",
+        )
+        result += [_tensor(row, sizes, prefixes) for row in LAYER_ROWS]
+    return result
+
+
+def _tensor(row, sizes, prefixes=("", "", "")):
+    kind, letters, *paths = row
+    flax, name, keras = map("".join, zip(prefixes, paths, strict=True))
+    return Tensor(
+        kind=kind,
+        flax=("params", *flax.split("/"), kind.flax),
+        flax_shape=tuple(sizes[letter] for letter in letters.split()),
+        name=f"{name}.{kind.name}",
+        keras=f"{keras}/{kind.keras}",
+    )

@@ -1,0 +1,26 @@
+"""The one error that this package raises about a checkpoint."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, written or converted.
+
+    The message names the file, what was received, what was expected and
+    what to do about it. Where several things are wrong, it lists them all.
+    """
+
+
+def refuse(source, problems):
+    """Raises one error that lists every problem; does nothing for none.
+
+    Args:
+        source: str or path. The file or object that the problems are in.
+        problems: list of str.
+
+    Raises:
+        CheckpointError: if there is a problem.
+    """
+    if len(problems) == 1:
+        raise CheckpointError(f"{source}: {problems[0]}")
+    if problems:
+        lines = "\n".join(f"- {problem}" for problem in problems)
+        raise CheckpointError(f"{source}: {len(problems)} problems:\n{lines}")

@@ -1,0 +1,3 @@
+from keras_bwetaf.generation.sampling import BwETAFSampler
+
+__all__ = ["BwETAFSampler"]

@@ -1,0 +1,193 @@
+"""The compiled half of generation: prompt pass, then one token at a time.
+
+Rows of a batch may have prompts of different lengths. All rows share the
+cache slots all the same: prompts fill the first `prompt_slots`, each from the
+left, and the new tokens of all rows follow from there, so that one contiguous
+write serves the whole batch. Positions are counted per row, and the slots
+between a short prompt and `prompt_slots` are never attended to.
+
+    slots      0 1 2 3 4 5 6 7 8 ...
+    row 0      T h e   s k y|_ i s     prompt "The sky", position = slot
+    row 1      H i . . . . .|_ t h     prompt "Hi", position = slot - 5
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from keras_bwetaf.generation import sampling
+
+
+class GenerationState(NamedTuple):
+    """Everything that changes from token to token."""
+
+    cache: tuple  # (key, value) per layer, (batch, heads, slots, head_dim)
+    prompt_slots: jax.Array  # int32 ()
+    prompt_lengths: jax.Array  # int32 (batch,)
+    limits: jax.Array  # int32 (batch,), how many new tokens at most
+    stop_token_ids: jax.Array  # int32 (n,), -1 stands for none
+    tokens: jax.Array  # int32 (batch, slots), the new tokens
+    num_tokens: jax.Array  # int32 (), how many of them are made
+    done: jax.Array  # bool (batch,)
+    seen: jax.Array  # bool (batch, vocabulary)
+    sampler_variables: list
+
+
+class Decoder:
+    """The compiled prompt pass and decode loop of a `BwETAFCausalLM`.
+
+    Weights are arguments of the compiled functions, never constants in them.
+
+    Args:
+        lm: `BwETAFCausalLM`, compiled with the sampler to use.
+    """
+
+    def __init__(self, lm):
+        self._lm = lm
+        self._prefill = jax.jit(self._prefill_step, static_argnums=1)
+        self._decode = jax.jit(self._decode_steps, donate_argnums=1)
+
+    def prefill(self, num_slots, token_ids, state, settings):
+        """Reads all prompts in one pass and chooses the first new token.
+
+        Args:
+            num_slots: int. Size of the caches.
+            token_ids: int32 array `(batch, prompt_slots)`, prompts padded on
+                the right.
+            state: `dict` with the fields of `GenerationState` that the caller
+                decides: `prompt_lengths`, `limits` and `stop_token_ids`.
+            settings: `SamplingSettings`.
+
+        Returns:
+            `GenerationState`.
+        """
+        return self._prefill(
+            self._values(), num_slots, token_ids, state, settings
+        )
+
+    def decode(self, state, settings, num_steps):
+        """Makes up to `num_steps` more tokens in one dispatch.
+
+        Args:
+            state: `GenerationState`. Its memory is reused: don't read it
+                afterwards.
+            settings: `SamplingSettings`.
+            num_steps: int.
+
+        Returns:
+            `GenerationState`.
+        """
+        return self._decode(self._values(), state, settings, num_steps)
+
+    def _values(self):
+        return [variable.value for variable in self._lm.variables]
+
+    def _weights(self, values):
+        return keras.StatelessScope(
+            zip(self._lm.variables, values, strict=True)
+        )
+
+    def _prefill_step(self, values, num_slots, token_ids, state, settings):
+        backbone = self._lm.backbone
+        batch_size, prompt_slots = token_ids.shape
+        lengths = state["prompt_lengths"]
+        is_prompt = jnp.arange(prompt_slots) < lengths[:, None]
+
+        with self._weights(values):
+            hidden_states, cache = self._lm.call_with_cache(
+                token_ids,
+                cache=self._lm.make_cache(batch_size, prompt_slots),
+                cache_index=0,
+                positions=jnp.broadcast_to(
+                    jnp.arange(prompt_slots), token_ids.shape
+                ),
+                attention_mask=is_prompt[:, None]
+                & jnp.tri(prompt_slots, dtype="bool"),
+            )
+            last = jnp.take_along_axis(
+                hidden_states, lengths[:, None, None] - 1, axis=1
+            )  # (batch, 1, hidden_dim)
+            logits = self._lm.head(last)[:, 0]  # (batch, vocabulary)
+
+        more_slots = num_slots - prompt_slots
+        seen = jnp.zeros((batch_size, backbone.vocabulary_size), "bool")
+        rows = jnp.arange(batch_size)[:, None]
+        state = GenerationState(
+            cache=jax.tree.map(
+                lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more_slots), (0, 0))),
+                cache,
+            ),
+            prompt_slots=jnp.int32(prompt_slots),
+            tokens=jnp.zeros((batch_size, num_slots), "int32"),
+            num_tokens=jnp.int32(0),
+            done=state["limits"] < 1,
+            seen=seen.at[rows, token_ids].max(is_prompt),
+            sampler_variables=[v.value for v in self._lm.sampler.variables],
+            **state,
+        )
+        return self._add_token(state, logits, settings)
+
+    def _decode_steps(self, values, state, settings, num_steps):
+        last = state.num_tokens + num_steps
+
+        def more(state):
+            return (state.num_tokens < last) & ~jnp.all(state.done)
+
+        def step(state):
+            newest = state.num_tokens - 1
+            slot = state.prompt_slots + newest
+            slots = jnp.arange(state.tokens.shape[1])
+            is_prompt = slots < state.prompt_lengths[:, None]
+            is_new = (slots >= state.prompt_slots) & (slots <= slot)
+            token_ids = jax.lax.dynamic_index_in_dim(
+                state.tokens, newest, axis=1
+            )  # (batch, 1)
+            with self._weights(values):
+                hidden_states, cache = self._lm.call_with_cache(
+                    token_ids,
+                    cache=state.cache,
+                    cache_index=slot,
+                    positions=state.prompt_lengths[:, None] + newest,
+                    attention_mask=(is_prompt | is_new)[:, None],
+                )
+                logits = self._lm.head(hidden_states)[:, 0]
+            return self._add_token(
+                state._replace(cache=cache), logits, settings
+            )
+
+        return jax.lax.while_loop(more, step, state)
+
+    def _add_token(self, state, logits, settings):
+        """Chooses a token for every row and appends it."""
+        token, sampler_variables = self._choose(state, logits, settings)
+        num_tokens = state.num_tokens + 1
+        is_stop = jnp.any(token[:, None] == state.stop_token_ids, axis=1)
+        rows = jnp.arange(len(token))
+        return state._replace(
+            tokens=jax.lax.dynamic_update_index_in_dim(
+                state.tokens, token, state.num_tokens, axis=1
+            ),
+            num_tokens=num_tokens,
+            done=state.done | is_stop | (num_tokens >= state.limits),
+            seen=state.seen.at[rows, token].set(True),
+            sampler_variables=sampler_variables,
+        )
+
+    def _choose(self, state, logits, settings):
+        sampler = self._lm.sampler
+        if settings is not None:
+            positions = state.prompt_lengths + state.num_tokens
+            token = sampling.next_token(logits, state.seen, positions, settings)
+            return token, state.sampler_variables
+
+        # A sampler of the user's own, with variables of its own.
+        scope = keras.StatelessScope(
+            zip(sampler.variables, state.sampler_variables, strict=True)
+        )
+        with scope:
+            probabilities = sampler.compute_probabilities(logits)
+            token = sampler.get_next_token(probabilities)
+        variables = [scope.get_current_value(v) for v in sampler.variables]
+        return token.astype("int32"), variables

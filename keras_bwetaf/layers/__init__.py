@@ -1,0 +1,13 @@
+from keras_bwetaf.layers.feed_forward import FeedForward
+from keras_bwetaf.layers.grouped_query_attention import GroupedQueryAttention
+from keras_bwetaf.layers.rms_normalization import RMSNormalization
+from keras_bwetaf.layers.rotary_embedding import RotaryEmbedding
+from keras_bwetaf.layers.transformer_block import TransformerBlock
+
+__all__ = [
+    "FeedForward",
+    "GroupedQueryAttention",
+    "RMSNormalization",
+    "RotaryEmbedding",
+    "TransformerBlock",
+]

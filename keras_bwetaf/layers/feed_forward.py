@@ -1,0 +1,65 @@
+import keras
+from keras import ops
+
+from keras_bwetaf.layers import initializers
+
+
+@keras.saving.register_keras_serializable(package="keras_bwetaf")
+class FeedForward(keras.layers.Layer):
+    """Gated feed-forward network, `output(silu(gate(x)) · intermediate(x))`.
+
+    Args:
+        intermediate_dim: int. Width of the two inner projections.
+        initializer_range: float. Standard deviation of the initial kernels;
+            biases start at zero.
+
+    Input shape:
+        `(batch, length, hidden_dim)`.
+
+    Output shape:
+        The input's.
+
+    Reference:
+     - [Shazeer, 2020](https://arxiv.org/abs/2002.05202)
+    """
+
+    def __init__(self, *, intermediate_dim, initializer_range, **kwargs):
+        super().__init__(**kwargs)
+        self.intermediate_dim = intermediate_dim
+        self.initializer_range = initializer_range
+
+    def build(self, input_shape):
+        hidden_dim = input_shape[-1]
+        inner_shape = (*input_shape[:-1], self.intermediate_dim)
+        self.intermediate = self._dense("intermediate", self.intermediate_dim)
+        self.intermediate.build(input_shape)
+        self.gate = self._dense("gate", self.intermediate_dim)
+        self.gate.build(input_shape)
+        self.output_dense = self._dense("output", hidden_dim)
+        self.output_dense.build(inner_shape)
+        self.built = True
+
+    def _dense(self, name, units):
+        return keras.layers.Dense(
+            units,
+            kernel_initializer=initializers.normal(self.initializer_range),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def call(self, inputs):
+        x = ops.silu(self.gate(inputs)) * self.intermediate(inputs)
+        return self.output_dense(x)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "intermediate_dim": self.intermediate_dim,
+                "initializer_range": self.initializer_range,
+            }
+        )
+        return config

@@ -1,0 +1,191 @@
+import jax
+import jax.numpy as jnp
+import keras
+from keras import ops
+
+from keras_bwetaf.layers import initializers
+from keras_bwetaf.layers.rotary_embedding import RotaryEmbedding
+
+
+def document_mask(padding_mask):
+    """Which tokens may see which: earlier ones of their own document.
+
+    Args:
+        padding_mask: int array `(batch, length)`. 0 for padding, otherwise
+            the number of the document that the token belongs to.
+
+    Returns:
+        bool array `(batch, length, length)`; rows are queries, columns keys.
+    """
+    length = padding_mask.shape[1]
+    same_document = padding_mask[:, :, None] == padding_mask[:, None, :]
+    # Padding sees padding, so that no row is empty and turns into NaN.
+    return same_document & jnp.tri(length, dtype="bool")
+
+
+@keras.saving.register_keras_serializable(package="keras_bwetaf")
+class GroupedQueryAttention(keras.layers.Layer):
+    """Causal self-attention in which query heads share key/value heads.
+
+    The rotary embedding turns the whole query vector and the whole key
+    vector before they are split into heads. Query head `h` reads key/value
+    head `h // (num_query_heads // num_key_value_heads)`. Only the output
+    projection has a bias.
+
+    Args:
+        num_query_heads: int. Divides the width of the input.
+        num_key_value_heads: int. Divides `num_query_heads`.
+        rope_max_wavelength: float. See `RotaryEmbedding`.
+        rope_dtype: str or `None`. See `RotaryEmbedding`.
+        initializer_range: float. Standard deviation of the initial kernels.
+
+    Call arguments:
+        hidden_states: float tensor `(batch, length, hidden_dim)`.
+        padding_mask: int tensor `(batch, length)`, document numbers as in
+            `document_mask`. Needed without a cache.
+        positions: int tensor `(batch, length)`. Defaults to 0, 1, 2, ...
+        cache: `(key, value)`, each `(batch, num_key_value_heads, slots,
+            head_dim)`. The keys and values of `hidden_states` are written
+            into it before attention reads it.
+        cache_index: int. The first slot to write. Needed with a cache.
+        attention_mask: bool tensor `(batch, length, slots)`, the slots that
+            each query sees. Needed with a cache.
+
+    Returns:
+        float tensor `(batch, length, hidden_dim)`; with a cache, a tuple of
+        it and the updated cache.
+
+    Reference:
+     - [Ainslie et al., 2023](https://arxiv.org/abs/2305.13245)
+    """
+
+    def __init__(
+        self,
+        *,
+        num_query_heads,
+        num_key_value_heads,
+        rope_max_wavelength,
+        rope_dtype,
+        initializer_range,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.num_query_heads = num_query_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.rope_max_wavelength = rope_max_wavelength
+        self.rope_dtype = rope_dtype
+        self.initializer_range = initializer_range
+
+    def build(self, input_shape):
+        hidden_dim = input_shape[-1]
+        self.head_dim = hidden_dim // self.num_query_heads
+        key_value_dim = self.num_key_value_heads * self.head_dim
+        self.query = self._dense("query", hidden_dim)
+        self.key = self._dense("key", key_value_dim)
+        self.value = self._dense("value", key_value_dim)
+        self.attention_output = self._dense(
+            "attention_output", hidden_dim, use_bias=True
+        )
+        for dense in (
+            self.query,
+            self.key,
+            self.value,
+            self.attention_output,
+        ):
+            dense.build(input_shape)
+        self.query_rotary = self._rotary("query_rotary", hidden_dim)
+        self.key_rotary = self._rotary("key_rotary", key_value_dim)
+        self.built = True
+
+    def _dense(self, name, units, use_bias=False):
+        return keras.layers.Dense(
+            units,
+            use_bias=use_bias,
+            kernel_initializer=initializers.normal(self.initializer_range),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def _rotary(self, name, width):
+        rotary = RotaryEmbedding(
+            max_wavelength=self.rope_max_wavelength,
+            rope_dtype=self.rope_dtype,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        rotary.build((None, None, width))
+        return rotary
+
+    def call(
+        self,
+        hidden_states,
+        padding_mask=None,
+        positions=None,
+        cache=None,
+        cache_index=None,
+        attention_mask=None,
+    ):
+        query = self.query_rotary(self.query(hidden_states), positions)
+        key = self.key_rotary(self.key(hidden_states), positions)
+        value = self.value(hidden_states)
+
+        query = self._split_heads(query, self.num_query_heads)
+        key = self._split_heads(key, self.num_key_value_heads)
+        value = self._split_heads(value, self.num_key_value_heads)
+        # (batch, length, heads, head_dim)
+
+        if cache is None:
+            attended = jax.nn.dot_product_attention(
+                query, key, value, mask=document_mask(padding_mask)[:, None]
+            )
+        else:
+            cache = _update_cache(cache, key, value, cache_index)
+            attended = _attend_to_cache(query, cache, attention_mask)
+
+        output = self.attention_output(
+            ops.reshape(attended, hidden_states.shape)
+        )
+        return output if cache is None else (output, cache)
+
+    def _split_heads(self, x, num_heads):
+        batch_size, length, _ = x.shape
+        return ops.reshape(x, (batch_size, length, num_heads, self.head_dim))
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "num_query_heads": self.num_query_heads,
+                "num_key_value_heads": self.num_key_value_heads,
+                "rope_max_wavelength": self.rope_max_wavelength,
+                "rope_dtype": self.rope_dtype,
+                "initializer_range": self.initializer_range,
+            }
+        )
+        return config
+
+
+def _update_cache(cache, key, value, index):
+    """Writes new keys and values into slots `index` and after."""
+    return tuple(
+        jax.lax.dynamic_update_slice_in_dim(
+            slots, jnp.swapaxes(new, 1, 2).astype(slots.dtype), index, axis=2
+        )
+        for slots, new in zip(cache, (key, value), strict=True)
+    )
+
+
+def _attend_to_cache(query, cache, mask):
+    # b = batch, q = query length, s = slots, k = key/value heads,
+    # g = query heads of a group, h = head dim
+    key, value = cache
+    batch_size, length, num_query_heads, head_dim = query.shape
+    num_groups = num_query_heads // key.shape[1]
+    query = jnp.reshape(query, (batch_size, length, -1, num_groups, head_dim))
+    scores = jnp.einsum(
+        "bqkgh,bksh->bkgqs", query, key, preferred_element_type="float32"
+    )
+    scores = scores * head_dim**-0.5
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgqs,bksh->bqkgh", weights, value)

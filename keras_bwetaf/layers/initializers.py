@@ -1,0 +1,37 @@
+"""Initial weights, and how to do without them when real ones follow."""
+
+import contextlib
+import contextvars
+
+import keras
+
+_weights_follow = contextvars.ContextVar("weights_follow", default=False)
+
+
+@contextlib.contextmanager
+def skip_initialization():
+    """Layers made inside start from zeros, because weights are loaded next.
+
+    Drawing 97 million random numbers only to overwrite them costs seconds
+    and a second copy of the weights.
+
+    Example:
+
+    ```python
+    with skip_initialization():
+        backbone = BwETAFBackbone(**config)
+    backbone.load_weights("model.weights.h5")
+    ```
+    """
+    token = _weights_follow.set(True)
+    try:
+        yield
+    finally:
+        _weights_follow.reset(token)
+
+
+def normal(stddev):
+    """Normal initializer, or zeros inside `skip_initialization`."""
+    if _weights_follow.get():
+        return keras.initializers.Zeros()
+    return keras.initializers.RandomNormal(stddev=stddev)

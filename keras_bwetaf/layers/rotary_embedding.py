@@ -1,0 +1,119 @@
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from keras_bwetaf.layers.rounding import round_to
+
+
+def inverse_frequencies(width, max_wavelength):
+    """Frequencies at which the pairs of a vector turn, per position.
+
+    Pair `i` turns at `max_wavelength ** (-i / (width // 2))`. Computed on the
+    host by the very operations of the original, whose float32 power is not
+    correctly rounded: one unit in the last place, times a position of a
+    thousand, would be seen in the logits.
+
+    Args:
+        width: int. Of the vectors to rotate.
+        max_wavelength: float. The base of the frequencies.
+
+    Returns:
+        float32 numpy array `(width // 2,)`.
+    """
+    num_pairs = width // 2
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        exponents = -jnp.arange(num_pairs, dtype="float32") / num_pairs
+        return np.asarray(max_wavelength**exponents)
+
+
+def rotary_angles(positions, frequencies, dtype):
+    """Angles by which the pairs of a vector turn at each position.
+
+    Positions, frequencies and their products are each rounded to `dtype`, as
+    in the original, which computes them in the dtype of the activations: in
+    bfloat16, a position above 256 becomes a multiple of 2. Only exact
+    operations run on the device, so every device gets the same angles.
+
+    Args:
+        positions: int array `(...)`.
+        frequencies: float32 array `(num_pairs,)`.
+        dtype: str. Float dtype to which the angles are rounded.
+
+    Returns:
+        float32 array `(..., num_pairs)`.
+    """
+    frequencies = round_to(jnp.asarray(frequencies), dtype)
+    positions = round_to(jnp.asarray(positions, "float32"), dtype)
+    return round_to(positions[..., None] * frequencies, dtype)
+
+
+@keras.saving.register_keras_serializable(package="keras_bwetaf")
+class RotaryEmbedding(keras.layers.Layer):
+    """Rotary position embedding (RoPE) over the whole width of a vector.
+
+    Dimension `i` turns with dimension `i + width // 2`. Applied before
+    queries and keys are split into heads, a pair therefore spans two heads,
+    which is what BwETAFv3 does and most models do not. If the width is odd,
+    the last dimension stays as it is.
+
+    ```
+    width 6, split in 3 heads:   | 0 1 | 2 3 | 4 5 |
+    pairs:                         └─────┘ (0, 3), (1, 4), (2, 5)
+    ```
+
+    Args:
+        max_wavelength: float. The base of the frequencies.
+        rope_dtype: str or `None`. Dtype in which the angles are computed;
+            `None` is the layer's compute dtype. The rotation itself always
+            runs in float32.
+
+    Call arguments:
+        inputs: float tensor `(batch, length, width)`.
+        positions: int tensor `(length,)` or `(batch, length)`. Defaults to
+            0, 1, 2, ...
+
+    Output shape:
+        The input's.
+
+    Reference:
+     - [Su et al., 2021](https://arxiv.org/abs/2104.09864)
+    """
+
+    def __init__(self, *, max_wavelength, rope_dtype, **kwargs):
+        super().__init__(**kwargs)
+        self.max_wavelength = max_wavelength
+        self.rope_dtype = rope_dtype
+
+    def build(self, input_shape):
+        self.frequencies = inverse_frequencies(
+            input_shape[-1], self.max_wavelength
+        )
+        self.built = True
+
+    def call(self, inputs, positions=None):
+        if positions is None:
+            positions = jnp.arange(inputs.shape[1])
+        angles = rotary_angles(
+            positions, self.frequencies, self.rope_dtype or self.compute_dtype
+        )  # ([batch,] length, width // 2)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        half = len(self.frequencies)
+        first, second, rest = jnp.split(
+            jnp.asarray(inputs, "float32"), [half, 2 * half], axis=-1
+        )
+        rotated = jnp.concatenate(
+            [first * cos - second * sin, second * cos + first * sin, rest],
+            axis=-1,
+        )  # (batch, length, width)
+        return rotated.astype(inputs.dtype)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "max_wavelength": self.max_wavelength,
+                "rope_dtype": self.rope_dtype,
+            }
+        )
+        return config

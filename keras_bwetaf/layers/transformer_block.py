@@ -1,0 +1,120 @@
+import keras
+
+from keras_bwetaf.layers.rms_normalization import RMSNormalization
+from keras_bwetaf.layers.rounding import round_to
+
+
+@keras.saving.register_keras_serializable(package="keras_bwetaf")
+class TransformerBlock(keras.layers.Layer):
+    """Pre-norm residual block around an attention and a feed-forward layer.
+
+    `x = x + dropout(attention(norm(x)))`, then `x = x + feedforward(norm(x))`.
+
+    Args:
+        attention: layer. Called as `GroupedQueryAttention` is.
+        feedforward: layer. Maps `(batch, length, hidden_dim)` to itself.
+        dropout: float. Share of the attention's outputs that are dropped in
+            training.
+        layer_norm_epsilon: float. Epsilon of both norms.
+        input_precision: str or `None`. Dtype to which the block's input, and
+            the norm that reads it, are rounded.
+
+    Call arguments:
+        hidden_states: float tensor `(batch, length, hidden_dim)`.
+        **attention_arguments: Passed on to `attention`.
+
+    Returns:
+        float tensor `(batch, length, hidden_dim)`; with a cache, a tuple of
+        it and the updated cache.
+    """
+
+    def __init__(
+        self,
+        attention,
+        feedforward,
+        *,
+        dropout,
+        layer_norm_epsilon,
+        input_precision=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.attention = attention
+        self.feedforward = feedforward
+        self.dropout = dropout
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.input_precision = input_precision
+
+    def build(self, input_shape):
+        self.attention_norm = RMSNormalization(
+            epsilon=self.layer_norm_epsilon,
+            precision=self.input_precision,
+            dtype=self.dtype_policy,
+            name="attention_norm",
+        )
+        self.attention_norm.build(input_shape)
+        self.attention.build(input_shape)
+        self.attention_dropout = keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy, name="attention_dropout"
+        )
+        self.feedforward_norm = RMSNormalization(
+            epsilon=self.layer_norm_epsilon,
+            dtype=self.dtype_policy,
+            name="feedforward_norm",
+        )
+        self.feedforward_norm.build(input_shape)
+        self.feedforward.build(input_shape)
+        self.built = True
+
+    def call(
+        self,
+        hidden_states,
+        padding_mask=None,
+        positions=None,
+        cache=None,
+        cache_index=None,
+        attention_mask=None,
+        training=None,
+    ):
+        if self.input_precision is not None:
+            hidden_states = round_to(hidden_states, self.input_precision)
+
+        x = self.attention(
+            self.attention_norm(hidden_states),
+            padding_mask=padding_mask,
+            positions=positions,
+            cache=cache,
+            cache_index=cache_index,
+            attention_mask=attention_mask,
+        )
+        if cache is not None:
+            x, cache = x
+        x = self.attention_dropout(x, training=training)
+        hidden_states = hidden_states + x
+
+        x = self.feedforward(self.feedforward_norm(hidden_states))
+        hidden_states = hidden_states + x
+        return hidden_states if cache is None else (hidden_states, cache)
+
+    def compute_output_shape(self, hidden_states_shape):
+        return hidden_states_shape
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "attention": keras.layers.serialize(self.attention),
+                "feedforward": keras.layers.serialize(self.feedforward),
+                "dropout": self.dropout,
+                "layer_norm_epsilon": self.layer_norm_epsilon,
+                "input_precision": self.input_precision,
+            }
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        for part in ("attention", "feedforward"):
+            config[part] = keras.layers.deserialize(config[part])
+        return cls(**config)

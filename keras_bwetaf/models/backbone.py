@@ -1,0 +1,270 @@
+import keras
+from keras_hub.models import Backbone
+
+from keras_bwetaf.layers import (
+    FeedForward,
+    GroupedQueryAttention,
+    RotaryEmbedding,
+    TransformerBlock,
+    initializers,
+)
+
+ROPE_DTYPES = (None, "float32", "bfloat16", "float16")
+
+
+@keras.saving.register_keras_serializable(package="keras_bwetaf")
+class BwETAFBackbone(Backbone):
+    """The BwETAFv3 decoder-only transformer, up to its last hidden states.
+
+    Token embeddings, rotated by position over their whole width, run through
+    `num_layers` pre-norm blocks of grouped-query attention (with a rotary
+    embedding that spans heads) and a gated feed-forward network. There is no
+    final norm. `BwETAFCausalLM` puts the tied language-model head on top.
+
+    A row may hold several documents, one after the other: `padding_mask`
+    numbers them, and a token sees earlier tokens of its own document only.
+    Positions count from the start of the row.
+
+    Args:
+        vocabulary_size: int. Number of token ids.
+        num_layers: int. Number of transformer blocks.
+        num_query_heads: int, or a list with one int per layer. Each divides
+            `hidden_dim`.
+        num_key_value_heads: int, or a list with one int per layer. Each
+            divides the query heads of its layer.
+        hidden_dim: int. Width of the hidden states.
+        intermediate_dim: int. Inner width of the feed-forward network.
+        max_sequence_length: int. The context: the longest sequence that
+            `BwETAFCausalLM.generate` works on.
+        dropout: float. After attention, in training.
+        rope_max_wavelength: float. Base of the rotary frequencies.
+        rope_dtype: str or `None`. Dtype of the rotary angles. `"float32"` is
+            exact at any compute dtype; `None` rounds them to the compute
+            dtype, as the original does, and is what an imported model has.
+        layer_norm_epsilon: float. Epsilon of every norm.
+        initializer_range: float. Standard deviation of the initial kernels.
+        embedding_initializer_range: float or `None`. Standard deviation of
+            the initial embeddings; `None` is `1 / sqrt(hidden_dim)`.
+        dtype: str or `keras.DTypePolicy`. Dtype of computation and weights.
+
+    Call arguments:
+        token_ids: int tensor `(batch, length)`.
+        padding_mask: int tensor `(batch, length)`. 0 for padding, otherwise
+            the number of the token's document.
+
+    Returns:
+        float tensor `(batch, length, hidden_dim)`. What it holds where
+        `padding_mask` is 0 has no meaning.
+
+    Raises:
+        ValueError: If an argument is out of range or arguments contradict
+            each other.
+
+    Example:
+
+    ```python
+    backbone = keras_bwetaf.models.BwETAFBackbone(
+        vocabulary_size=16384,
+        num_layers=12,
+        num_query_heads=8,
+        num_key_value_heads=4,
+        hidden_dim=768,
+        intermediate_dim=2304,
+        max_sequence_length=2048,
+    )
+    backbone.count_params()  # 97,609,728
+    ```
+
+    Reference:
+     - [The original model](https://huggingface.co/WICKED4950/BwETAFv3-97M)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        num_query_heads,
+        num_key_value_heads,
+        hidden_dim,
+        intermediate_dim,
+        max_sequence_length,
+        dropout=0.0,
+        rope_max_wavelength=10000.0,
+        rope_dtype="float32",
+        layer_norm_epsilon=1e-8,
+        initializer_range=0.002,
+        embedding_initializer_range=None,
+        dtype=None,
+        **kwargs,
+    ):
+        for name, value in {
+            "vocabulary_size": vocabulary_size,
+            "num_layers": num_layers,
+            "hidden_dim": hidden_dim,
+            "intermediate_dim": intermediate_dim,
+            "max_sequence_length": max_sequence_length,
+        }.items():
+            _check_positive_int(name, value)
+        query_heads = _heads_per_layer(
+            "num_query_heads", num_query_heads, num_layers
+        )
+        key_value_heads = _heads_per_layer(
+            "num_key_value_heads", num_key_value_heads, num_layers
+        )
+        _check_heads(query_heads, key_value_heads, hidden_dim)
+        if not 0 <= dropout < 1:
+            raise ValueError(
+                "`dropout` is the share of outputs to drop, at least 0 and "
+                f"less than 1. Received: dropout={dropout}"
+            )
+        if rope_dtype not in ROPE_DTYPES:
+            raise ValueError(
+                f"`rope_dtype` must be one of {ROPE_DTYPES}. Received: "
+                f"rope_dtype={rope_dtype!r}"
+            )
+        for name, value in {
+            "rope_max_wavelength": rope_max_wavelength,
+            "layer_norm_epsilon": layer_norm_epsilon,
+            "initializer_range": initializer_range,
+            "embedding_initializer_range": embedding_initializer_range or 1,
+        }.items():
+            if value <= 0:
+                raise ValueError(
+                    f"`{name}` must be greater than 0. Received: {name}={value}"
+                )
+
+        # === Layers ===
+        self.token_embedding = keras.layers.ReversibleEmbedding(
+            vocabulary_size,
+            hidden_dim,
+            embeddings_initializer=initializers.normal(
+                embedding_initializer_range or hidden_dim**-0.5
+            ),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        self.embedding_rotary = RotaryEmbedding(
+            max_wavelength=rope_max_wavelength,
+            rope_dtype=rope_dtype,
+            dtype=dtype,
+            name="embedding_rotary",
+        )
+        self.transformer_layers = []
+        for i in range(num_layers):
+            attention = GroupedQueryAttention(
+                num_query_heads=query_heads[i],
+                num_key_value_heads=key_value_heads[i],
+                rope_max_wavelength=rope_max_wavelength,
+                rope_dtype=rope_dtype,
+                initializer_range=initializer_range,
+                dtype=dtype,
+                name="self_attention",
+            )
+            feedforward = FeedForward(
+                intermediate_dim=intermediate_dim,
+                initializer_range=initializer_range,
+                dtype=dtype,
+                name="feedforward",
+            )
+            block = TransformerBlock(
+                attention,
+                feedforward,
+                dropout=dropout,
+                layer_norm_epsilon=layer_norm_epsilon,
+                # The original keeps the embedding in bfloat16, always.
+                input_precision="bfloat16" if i == 0 else None,
+                dtype=dtype,
+                name=f"transformer_layer_{i}",
+            )
+            self.transformer_layers.append(block)
+
+        # === Functional Model ===
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
+        x = self.token_embedding(token_ids)
+        x = self.embedding_rotary(x)
+        for block in self.transformer_layers:
+            x = block(x, padding_mask=padding_mask)
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=x,
+            dtype=dtype,
+            **kwargs,
+        )
+
+        # === Config ===
+        self.vocabulary_size = vocabulary_size
+        self.num_layers = num_layers
+        self.num_query_heads = num_query_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.hidden_dim = hidden_dim
+        self.intermediate_dim = intermediate_dim
+        self.max_sequence_length = max_sequence_length
+        self.dropout = dropout
+        self.rope_max_wavelength = rope_max_wavelength
+        self.rope_dtype = rope_dtype
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.initializer_range = initializer_range
+        self.embedding_initializer_range = embedding_initializer_range
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            {
+                "vocabulary_size": self.vocabulary_size,
+                "num_layers": self.num_layers,
+                "num_query_heads": self.num_query_heads,
+                "num_key_value_heads": self.num_key_value_heads,
+                "hidden_dim": self.hidden_dim,
+                "intermediate_dim": self.intermediate_dim,
+                "max_sequence_length": self.max_sequence_length,
+                "dropout": self.dropout,
+                "rope_max_wavelength": self.rope_max_wavelength,
+                "rope_dtype": self.rope_dtype,
+                "layer_norm_epsilon": self.layer_norm_epsilon,
+                "initializer_range": self.initializer_range,
+                "embedding_initializer_range": (
+                    self.embedding_initializer_range
+                ),
+            }
+        )
+        return config
+
+
+def _check_positive_int(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"`{name}` must be a positive int. Received: {name}={value!r}"
+        )
+
+
+def _heads_per_layer(name, heads, num_layers):
+    """The number of heads of each layer, from one int or a list of them."""
+    if not isinstance(heads, (list, tuple)):
+        heads = [heads] * num_layers
+    if len(heads) != num_layers:
+        raise ValueError(
+            f"`{name}` must be an int or hold one int for each of the "
+            f"{num_layers} layers. Received: {name}={heads}"
+        )
+    for value in heads:
+        _check_positive_int(name, value)
+    return heads
+
+
+def _check_heads(query_heads, key_value_heads, hidden_dim):
+    for i, (query, key_value) in enumerate(
+        zip(query_heads, key_value_heads, strict=True)
+    ):
+        if hidden_dim % query:
+            raise ValueError(
+                "`num_query_heads` must divide `hidden_dim`. Received: "
+                f"num_query_heads={query} (layer {i}), "
+                f"hidden_dim={hidden_dim}"
+            )
+        if query % key_value:
+            raise ValueError(
+                "`num_key_value_heads` must divide `num_query_heads`. "
+                f"Received: num_key_value_heads={key_value} (layer {i}), "
+                f"num_query_heads={query}"
+            )

@@ -1,0 +1,545 @@
+import keras
+import keras_hub
+import numpy as np
+from keras_hub.models import CausalLM
+
+from keras_bwetaf.generation.decoding import Decoder
+from keras_bwetaf.generation.generation import (
+    Request,
+    fit_to_context,
+    generate_tokens,
+)
+from keras_bwetaf.generation.sampling import (
+    BwETAFSampler,
+    SamplingSettings,
+    from_keras_hub,
+)
+from keras_bwetaf.generation.streaming import TextStream
+from keras_bwetaf.models.backbone import BwETAFBackbone
+from keras_bwetaf.models.causal_lm_preprocessor import (
+    BwETAFCausalLMPreprocessor,
+)
+
+# Often enough that a keyboard interrupt is answered within a second or two,
+# seldom enough to cost nothing.
+TOKENS_PER_DISPATCH = 64
+
+
+@keras.saving.register_keras_serializable(package="keras_bwetaf")
+class BwETAFCausalLM(CausalLM):
+    """The BwETAFv3 language model: a backbone and its tied head.
+
+    Called on `{"token_ids", "padding_mask"}` it returns logits. With a
+    preprocessor, `fit`, `evaluate` and `predict` take plain strings, and
+    `generate` and `stream` continue them.
+
+    Args:
+        backbone: `BwETAFBackbone`.
+        preprocessor: `BwETAFCausalLMPreprocessor` or `None`. Without one,
+            inputs are token ids.
+
+    Call arguments:
+        token_ids: int tensor `(batch, length)`.
+        padding_mask: int tensor `(batch, length)`. See `BwETAFBackbone`.
+
+    Returns:
+        float tensor `(batch, length, vocabulary_size)`.
+
+    Example:
+
+    ```python
+    lm = keras_bwetaf.from_preset("97m")
+    lm.generate("The night sky", max_new_tokens=64)
+    for text in lm.stream("The night sky", max_new_tokens=64):
+        print(text, end="", flush=True)
+    ```
+    """
+
+    backbone_cls = BwETAFBackbone
+    preprocessor_cls = BwETAFCausalLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+
+        # === Functional Model ===
+        inputs = backbone.input
+        hidden_states = backbone(inputs)
+        outputs = self.head(hidden_states)
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def compile(
+        self,
+        optimizer="auto",
+        loss="auto",
+        *,
+        weighted_metrics="auto",
+        sampler="auto",
+        **kwargs,
+    ):
+        """Configures training and generation.
+
+        Args:
+            optimizer: See `keras_hub.models.CausalLM.compile`.
+            loss: See `keras_hub.models.CausalLM.compile`.
+            weighted_metrics: See `keras_hub.models.CausalLM.compile`.
+            sampler: `"auto"`, the card's temperature 0.8 and top-p 0.92; a
+                `BwETAFSampler`; or a KerasHub sampler or the name of one.
+            **kwargs: See `keras.Model.compile`.
+
+        Raises:
+            ValueError: If the sampler is one that this model can't use.
+        """
+        if sampler == "auto":
+            sampler = BwETAFSampler()
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            weighted_metrics=weighted_metrics,
+            sampler=sampler,
+            **kwargs,
+        )
+        if not isinstance(self.sampler, BwETAFSampler):
+            self.sampler = from_keras_hub(self.sampler)
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        if config is not None:
+            config["sampler"] = keras_hub.samplers.serialize(self.sampler)
+        return config
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def head(self, hidden_states):
+        """Logits of hidden states: their product with the embeddings."""
+        return self.backbone.token_embedding(hidden_states, reverse=True)
+
+    def make_cache(self, batch_size, num_slots):
+        """Empty key/value caches.
+
+        Returns:
+            list with a `(key, value)` tuple for each layer, each
+            `(batch_size, num_key_value_heads, num_slots, head_dim)` of the
+            compute dtype.
+        """
+        caches = []
+        for block in self.backbone.transformer_layers:
+            attention = block.attention
+            shape = (
+                batch_size,
+                attention.num_key_value_heads,
+                num_slots,
+                attention.head_dim,
+            )
+            zeros = keras.ops.zeros(shape, dtype=attention.compute_dtype)
+            caches.append((zeros, zeros))
+        return caches
+
+    def call_with_cache(
+        self, token_ids, cache, cache_index, positions, attention_mask
+    ):
+        """The backbone on new tokens, with earlier ones in the cache.
+
+        Args:
+            token_ids: int tensor `(batch, length)`.
+            cache: As `make_cache` returns it.
+            cache_index: int. The slot of the first new token.
+            positions: int tensor `(batch, length)`.
+            attention_mask: bool tensor `(batch, length, num_slots)`, the
+                slots that each new token sees.
+
+        Returns:
+            Tuple of hidden states `(batch, length, hidden_dim)` and the
+            updated cache.
+        """
+        backbone = self.backbone
+        x = backbone.token_embedding(token_ids)
+        x = backbone.embedding_rotary(x, positions)
+        updated = []
+        for block, layer_cache in zip(
+            backbone.transformer_layers, cache, strict=True
+        ):
+            x, layer_cache = block(
+                x,
+                positions=positions,
+                cache=layer_cache,
+                cache_index=cache_index,
+                attention_mask=attention_mask,
+            )
+            updated.append(layer_cache)
+        return x, updated
+
+    def make_generate_function(self):
+        """The compiled functions of generation, made on first use."""
+        if self.generate_function is None:
+            self.generate_function = Decoder(self)
+        return self.generate_function
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        *,
+        max_new_tokens=None,
+        stop_strings=None,
+        truncation=None,
+        seed=None,
+        **sampling,
+    ):
+        """Continues prompts.
+
+        Args:
+            inputs: str, or list of str of any lengths. Without a
+                preprocessor, a dict of `token_ids` and `padding_mask`, int
+                arrays `(batch, length)` with padding on the right.
+            max_length: int. Most tokens of a prompt and its continuation
+                together. Defaults to the preprocessor's `sequence_length`.
+            stop_token_ids: `"auto"`, the tokenizer's end token; a list of
+                int; or `None` to go on until the length is reached. Only new
+                tokens are looked at.
+            strip_prompt: bool. Return the continuation only.
+            max_new_tokens: int. Most tokens of a continuation; instead of
+                `max_length`.
+            stop_strings: str or list of str. A continuation ends before the
+                first of them.
+            truncation: `"left"` drops the oldest tokens of prompts that are
+                too long; `None` raises an error.
+            seed: int, or list with one int for each prompt. A prompt with
+                the same seed continues in the same way, alone or in a batch.
+                Defaults to the sampler's.
+            **sampling: Arguments of `BwETAFSampler` that replace those of
+                the compiled one: `temperature`, `top_k`, `top_p`, `min_p`,
+                `repetition_penalty`.
+
+        Returns:
+            str or list of str, as `inputs`; or a dict of int arrays
+            `(batch, length)`, as `inputs`, whose `padding_mask` covers the
+            stop token.
+
+        Raises:
+            ValueError: If a prompt is empty, not a string or too long, or
+                an argument is out of range.
+
+        Example:
+
+        ```python
+        lm.generate(["The night sky", "Once"], max_new_tokens=32, seed=[1, 2])
+        lm.generate("The night sky", max_new_tokens=32, temperature=0)
+        ```
+        """
+        options = dict(
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            max_new_tokens=max_new_tokens,
+            truncation=truncation,
+            seed=seed,
+            sampling=sampling,
+        )
+        if self.preprocessor is None:
+            return self._generate_ids(
+                inputs, strip_prompt, stop_strings, options
+            )
+        is_single = isinstance(inputs, str)
+        texts = _as_texts([inputs] if is_single else inputs)
+        request = self._request(self.preprocessor.tokenizer(texts), **options)
+        outputs = ["" if strip_prompt else text for text in texts]
+        for pieces in self._generate_text(
+            request, _as_stop_strings(stop_strings), TOKENS_PER_DISPATCH
+        ):
+            outputs = [a + b for a, b in zip(outputs, pieces, strict=True)]
+        return outputs[0] if is_single else outputs
+
+    def stream(
+        self,
+        prompt,
+        max_length=None,
+        stop_token_ids="auto",
+        *,
+        max_new_tokens=None,
+        stop_strings=None,
+        truncation=None,
+        seed=None,
+        tokens_per_dispatch=8,
+        **sampling,
+    ):
+        """Continues a prompt and yields the text as it is made.
+
+        The pieces put together are what `generate` returns with
+        `strip_prompt=True` and the same seed.
+
+        Args:
+            prompt: str.
+            tokens_per_dispatch: int. How many tokens are made between two
+                pieces of text. Fewer come sooner, more come faster.
+            max_length, stop_token_ids, max_new_tokens, stop_strings,
+            truncation, seed, **sampling: See `generate`.
+
+        Yields:
+            str, never empty. A character is never split.
+
+        Raises:
+            ValueError: As `generate` does, at once and not at the first
+                piece.
+        """
+        if self.preprocessor is None:
+            raise ValueError(
+                "`stream` needs a tokenizer, and this model has "
+                "`preprocessor=None`. Attach a preprocessor, or pass token "
+                "ids to `generate`."
+            )
+        if not isinstance(prompt, str):
+            raise ValueError(
+                "`stream` takes one prompt, a str. Use `generate` for a "
+                f"batch. Received: prompt={prompt!r}"
+            )
+        _check_positive_int("tokens_per_dispatch", tokens_per_dispatch)
+        request = self._request(
+            self.preprocessor.tokenizer([prompt]),
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            max_new_tokens=max_new_tokens,
+            truncation=truncation,
+            seed=seed,
+            sampling=sampling,
+        )
+        pieces = self._generate_text(
+            request, _as_stop_strings(stop_strings), tokens_per_dispatch
+        )
+        return (piece for (piece,) in pieces if piece)
+
+    def _generate_text(self, request, stop_strings, tokens_per_dispatch):
+        """Yields the next piece of text of every row."""
+        streams = [
+            TextStream(
+                self.preprocessor.tokenizer,
+                stop_strings,
+                request.stop_token_ids,
+            )
+            for _ in request.prompts
+        ]
+        finished = np.zeros(len(streams), "bool")
+        for fresh in generate_tokens(
+            self.make_generate_function(),
+            request,
+            tokens_per_dispatch,
+            finished,
+        ):
+            yield [
+                stream.push(tokens, final)
+                for stream, tokens, final in zip(
+                    streams, fresh, finished, strict=True
+                )
+            ]
+            finished |= [stream.stopped for stream in streams]
+
+    def _generate_ids(self, inputs, strip_prompt, stop_strings, options):
+        """`generate` without a preprocessor: token ids in and out."""
+        if stop_strings is not None:
+            raise ValueError(
+                "`stop_strings` needs a tokenizer, and this model has "
+                "`preprocessor=None`. Attach a preprocessor or use "
+                "`stop_token_ids`."
+            )
+        prompts, width = _as_prompts(inputs)
+        if options["max_new_tokens"] is None:
+            options["max_length"] = options["max_length"] or width
+        request = self._request(prompts, **options)
+        rows = [
+            [] if strip_prompt else list(prompt) for prompt in request.prompts
+        ]
+        for fresh in generate_tokens(
+            self.make_generate_function(),
+            request,
+            TOKENS_PER_DISPATCH,
+            np.zeros(len(rows), "bool"),
+        ):
+            for row, tokens in zip(rows, fresh, strict=True):
+                row.extend(tokens)
+        width = max([width, *map(len, rows)])
+        token_ids = np.zeros((len(rows), width), "int32")
+        padding_mask = np.zeros((len(rows), width), "int32")
+        for i, row in enumerate(rows):
+            token_ids[i, : len(row)] = row
+            padding_mask[i, : len(row)] = 1
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+    def _request(
+        self,
+        prompts,
+        *,
+        max_length,
+        max_new_tokens,
+        stop_token_ids,
+        truncation,
+        seed,
+        sampling,
+    ):
+        """Checks what was asked for and puts it in the form of a `Request`."""
+        for i, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(
+                    f"Prompt {i} has no tokens. The model has no start "
+                    "token, so it needs at least one to continue from."
+                )
+        if max_length is not None and max_new_tokens is not None:
+            raise ValueError(
+                "Pass `max_length` or `max_new_tokens`, not both. Received: "
+                f"max_length={max_length}, max_new_tokens={max_new_tokens}"
+            )
+        context = self.backbone.max_sequence_length
+        if max_length is None and max_new_tokens is None:
+            max_length = min(self.preprocessor.sequence_length, context)
+        prompts, limits = fit_to_context(
+            [list(prompt) for prompt in prompts],
+            context=context,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            truncation=truncation,
+        )
+        return Request(
+            prompts,
+            limits,
+            self._stop_token_ids(stop_token_ids),
+            self._sampling_settings(sampling, seed, len(prompts)),
+        )
+
+    def _stop_token_ids(self, stop_token_ids):
+        if stop_token_ids is None:
+            return []
+        if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+            if self.preprocessor is None:
+                raise ValueError(
+                    "`stop_token_ids='auto'` is the tokenizer's end token, "
+                    "and this model has `preprocessor=None`. Pass a list of "
+                    "token ids, or `None` to go on until the length is "
+                    "reached."
+                )
+            return [self.preprocessor.tokenizer.end_token_id]
+        vocabulary_size = self.backbone.vocabulary_size
+        stop_token_ids = [int(i) for i in np.ravel(stop_token_ids)]
+        for token_id in stop_token_ids:
+            if not 0 <= token_id < vocabulary_size:
+                raise ValueError(
+                    "`stop_token_ids` must be ids of the vocabulary of "
+                    f"{vocabulary_size} tokens. Received: "
+                    f"stop_token_ids={stop_token_ids}"
+                )
+        return stop_token_ids
+
+    def _sampling_settings(self, sampling, seed, num_rows):
+        sampler = self.sampler
+        if not isinstance(sampler, BwETAFSampler):
+            if sampling or seed is not None:
+                raise ValueError(
+                    "The compiled sampler is a class of its own, so its "
+                    "settings can't be changed in a call. Received: "
+                    f"{sorted(sampling) or 'seed'} for sampler={sampler}"
+                )
+            return None
+        config = sampler.get_config()
+        unknown = sorted(set(sampling) - set(config))
+        if unknown:
+            raise TypeError(
+                f"Unknown arguments: {unknown}. Sampling can be changed by "
+                f"{sorted(config)}."
+            )
+        sampler = BwETAFSampler(**{**config, **sampling})
+        seed = sampler.seed if seed is None else seed
+        return SamplingSettings.of(sampler, _seeds(seed, num_rows))
+
+
+def _check_positive_int(name, value):
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(
+            f"`{name}` must be a positive int. Received: {name}={value!r}"
+        )
+
+
+def _seeds(seed, num_rows):
+    """One seed for each row."""
+    if seed is None:
+        return np.random.randint(2**32, size=num_rows, dtype="uint32")
+    seeds = np.broadcast_to(seed, num_rows) if np.ndim(seed) == 0 else seed
+    if len(seeds) != num_rows:
+        raise ValueError(
+            f"`seed` must be an int or hold one for each of the {num_rows} "
+            f"prompts. Received: seed={seed}"
+        )
+    for value in seeds:
+        if not 0 <= value < 2**32 or int(value) != value:
+            raise ValueError(
+                "`seed` must be an int from 0 to 2**32 - 1. Received: "
+                f"seed={seed}"
+            )
+    return seeds
+
+
+def _as_texts(inputs):
+    """A batch of prompts as a list of str."""
+    if isinstance(inputs, np.ndarray):
+        inputs = inputs.tolist()
+    if not isinstance(inputs, (list, tuple)) or not inputs:
+        raise ValueError(
+            "Prompts must be a str or a list of at least one str. Received: "
+            f"{inputs!r}"
+        )
+    for i, text in enumerate(inputs):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"Prompts must be strings. Received: {text!r} of type "
+                f"{type(text).__name__} at index {i}"
+            )
+    return list(inputs)
+
+
+def _as_stop_strings(stop_strings):
+    if stop_strings is None:
+        return []
+    if isinstance(stop_strings, str):
+        stop_strings = [stop_strings]
+    for stop in stop_strings:
+        if not isinstance(stop, str) or not stop:
+            raise ValueError(
+                "`stop_strings` must be a str or a list of str, none empty. "
+                f"Received: stop_strings={stop_strings!r}"
+            )
+    return list(stop_strings)
+
+
+def _as_prompts(inputs):
+    """Token ids of each row without its padding, and the padded width."""
+    if not isinstance(inputs, dict) or set(inputs) != {
+        "token_ids",
+        "padding_mask",
+    }:
+        raise ValueError(
+            "Without a preprocessor, `generate` takes a dict with "
+            f"'token_ids' and 'padding_mask'. Received: {inputs!r}"
+        )
+    token_ids = np.asarray(inputs["token_ids"])
+    mask = np.asarray(inputs["padding_mask"]).astype("bool")
+    if (
+        token_ids.ndim != 2
+        or token_ids.shape != mask.shape
+        or not token_ids.size
+    ):
+        raise ValueError(
+            "`token_ids` and `padding_mask` must have the same shape (batch, "
+            f"length). Received: shapes {token_ids.shape} and {mask.shape}"
+        )
+    if np.any(mask[:, 1:] & ~mask[:, :-1]):
+        raise ValueError(
+            "`padding_mask` must be 1 for the prompt and 0 after it: pad on "
+            "the right. Rows may have different lengths."
+        )
+    prompts = [
+        row[:length].tolist()
+        for row, length in zip(token_ids, mask.sum(axis=1), strict=True)
+    ]
+    return prompts, token_ids.shape[1]

@@ -1,0 +1,189 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_bwetaf import (
+    BwETAFBackbone,
+    BwETAFCausalLM,
+    BwETAFCausalLMPreprocessor,
+    BwETAFSampler,
+    train_tokenizer,
+)
+from tests import original, parity
+from tests.keras_hub_checks import KerasHubTestCase
+from tests.models.test_backbone import TINY
+
+TEXTS = ["the light of the day", "the night and the stars of the night"]
+LENGTH = 1024
+
+# One change each to a small model: hidden 96, 8 heads, 4 key/value heads.
+SMALL = dict(
+    num_heads=8,
+    attention_dim=96,
+    vocab_size=512,
+    num_blocks=3,
+    ff_dim=160,
+    gqa_repeats=2,
+)
+CONFIGURATIONS = {
+    "one key/value head each": dict(gqa_repeats=1),
+    "two query heads share": dict(gqa_repeats=2),
+    "all query heads share": dict(gqa_repeats=8),
+    "heads per layer": dict(num_heads=(2, 4, 8)),
+    "odd widths": dict(num_heads=3, attention_dim=63, gqa_repeats=3),
+    "odd key width": dict(num_heads=6, attention_dim=90, gqa_repeats=2),
+    "odd feed-forward": dict(ff_dim=161),
+}
+
+
+class KerasHubChecks(KerasHubTestCase):
+    def setUp(self):
+        tokenizer = train_tokenizer(TEXTS * 6, 300)
+        self.preprocessor = BwETAFCausalLMPreprocessor(
+            tokenizer, sequence_length=8
+        )
+        config = {**TINY, "vocabulary_size": tokenizer.vocabulary_size()}
+        self.init_kwargs = {
+            "preprocessor": self.preprocessor,
+            "backbone": BwETAFBackbone(**config),
+        }
+        self.train_data = (TEXTS,)
+        self.input_data = self.preprocessor(*self.train_data)[0]
+
+    def test_task(self):
+        vocabulary_size = self.preprocessor.tokenizer.vocabulary_size()
+        self.run_task_test(
+            cls=BwETAFCausalLM,
+            init_kwargs=self.init_kwargs,
+            train_data=self.train_data,
+            expected_output_shape=(2, 8, vocabulary_size),
+        )
+
+    def test_saved_model(self):
+        self.run_model_saving_test(
+            cls=BwETAFCausalLM,
+            init_kwargs=self.init_kwargs,
+            input_data=self.input_data,
+        )
+
+
+def random_ids(vocabulary_size, batch_size=1, length=LENGTH, seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.integers(1, vocabulary_size, (batch_size, length))
+
+
+def check_parity(manager, **port_changes):
+    token_ids = random_ids(manager.data["vocab_size"])
+    mask = np.ones_like(token_ids)
+    lm = parity.port(manager, **port_changes)
+    logits = lm({"token_ids": token_ids, "padding_mask": mask})
+    assert parity.relative_l2(logits, manager(token_ids, mask)) < 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_parity(name):
+    check_parity(original.manager(**{**SMALL, **CONFIGURATIONS[name]}))
+
+
+@pytest.mark.slow
+def test_parity_of_the_card():
+    manager = original.manager()
+    check_parity(manager)
+    # The compiled forward pass of `predict` agrees, too.
+    token_ids = random_ids(16384)
+    mask = np.ones_like(token_ids)
+    inputs = {"token_ids": token_ids, "padding_mask": mask}
+    logits = parity.port(manager).predict(inputs, verbose=0)
+    assert parity.relative_l2(logits, manager(token_ids, mask)) < 1e-5
+
+
+def test_parity_with_padding():
+    manager = original.manager(**SMALL)
+    token_ids = random_ids(512, batch_size=3)
+    lengths = np.array([[LENGTH], [700], [1]])
+    mask = (np.arange(LENGTH) < lengths).astype("int32")
+    expected = np.asarray(manager(token_ids, mask))
+    logits = parity.port(manager)(
+        {"token_ids": token_ids, "padding_mask": mask}
+    )
+    real = mask.astype("bool")
+    assert parity.relative_l2(logits[real], expected[real]) < 1e-5
+
+
+def test_parity_with_padding_on_the_left():
+    """Positions count from the start of the row, padding included."""
+    manager = original.manager(**SMALL)
+    token_ids = random_ids(512)
+    mask = (np.arange(LENGTH)[None] >= 100).astype("int32")
+    expected = np.asarray(manager(token_ids, mask))
+    logits = parity.port(manager)(
+        {"token_ids": token_ids, "padding_mask": mask}
+    )
+    assert parity.relative_l2(logits[:, 100:], expected[:, 100:]) < 1e-5
+
+
+def test_parity_with_packed_documents():
+    """Against the original's training path, which reads the end tokens."""
+    manager = original.manager(**SMALL, dropout_rate=0.0)
+    token_ids = random_ids(512, batch_size=2)
+    token_ids[0, [0, 5, 6, 300, 1023]] = 0
+    token_ids[1, 511] = 0
+    expected = manager.model_struct.apply(
+        manager.params,
+        token_ids,
+        np.ones_like(token_ids),
+        training=True,
+        rngs={"dropout": manager.key},
+    )
+    logits = parity.port(manager)(
+        {
+            "token_ids": token_ids,
+            "padding_mask": parity.document_numbers(token_ids),
+        }
+    )
+    assert parity.relative_l2(logits, expected) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_bfloat16_is_no_less_exact_than_the_original(is_compiled):
+    manager = original.manager("bfloat16")
+    token_ids = random_ids(16384)
+    mask = np.ones_like(token_ids)
+    exact = parity.float64_logits(manager, token_ids[0], "bfloat16")[None]
+    lm = parity.port(manager, "bfloat16")
+    inputs = {"token_ids": token_ids, "padding_mask": mask}
+    if is_compiled:
+        ours = lm.predict(inputs, verbose=0)
+        theirs = manager.jax_call(token_ids, mask)
+    else:
+        ours = lm(inputs)
+        theirs = manager(token_ids, mask)
+    our_distance = parity.relative_l2(ours, exact)
+    their_distance = parity.relative_l2(theirs, exact)
+    print(f"ours {our_distance:.4f}, the original {their_distance:.4f}")
+    assert our_distance <= their_distance
+
+
+def test_rope_dtype_float32_is_exact_in_bfloat16():
+    """Rounding only the angles moves late logits; exact angles don't."""
+    manager = original.manager(**SMALL)
+    token_ids = random_ids(512)
+    inputs = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    float32 = parity.port(manager)(inputs)
+    rounded = parity.port(manager, "bfloat16")(inputs)
+    exact = parity.port(manager, "bfloat16", rope_dtype="float32")(inputs)
+    assert parity.relative_l2(exact, float32) < 0.05
+    assert parity.relative_l2(rounded, float32) > 0.1
+
+
+def test_compiled_settings_survive_saving(tmp_path):
+    lm = BwETAFCausalLM(BwETAFBackbone(**TINY))
+    lm.compile(
+        optimizer=keras.optimizers.SGD(0.5),
+        sampler=BwETAFSampler(temperature=0.3, top_k=7),
+    )
+    lm.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.sampler.get_config() == lm.sampler.get_config()
+    assert float(again.optimizer.learning_rate) == 0.5
