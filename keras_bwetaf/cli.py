@@ -57,7 +57,10 @@ def options(
 @app.command()
 def generate(
     prompt: Annotated[
-        str, typer.Argument(help='The text to continue; "-" reads stdin.')
+        str,
+        typer.Argument(
+            metavar="PROMPT", help='The text to continue; "-" reads stdin.'
+        ),
     ],
     preset: Annotated[
         str, typer.Option(help="A name, hf://owner/repo, or a folder.")
@@ -106,7 +109,10 @@ def generate(
 @app.command()
 def info(
     preset: Annotated[
-        str, typer.Argument(help="A name, hf://owner/repo, or a folder.")
+        str,
+        typer.Argument(
+            metavar="PRESET", help="A name, hf://owner/repo, or a folder."
+        ),
     ],
     revision: Revision = None,
 ):
@@ -122,15 +128,15 @@ def info(
     folder = presets.cached_folder(preset, revision)
     if folder is None and preset in presets.PRESETS:
         config = presets.PRESETS[preset]["config"]
+        parameters = presets.PRESETS[preset]["parameters"]
     else:
-        folder = folder or presets.preset_folder(
-            preset, revision, weights=False
-        )
+        if folder is None:
+            folder = presets.preset_folder(preset, revision, weights=False)
         config = presets.backbone_config(folder)
-    parameters = sum(
-        math.prod(tensor.shape)
-        for tensor in tensors(converters.config_from_keras(config))
-    )
+        parameters = sum(
+            math.prod(tensor.shape)
+            for tensor in tensors(converters.config_from_keras(config))
+        )
     table = Table("", "", title=preset, show_header=False)
     for name, value in config.items():
         table.add_row(name, str(value))
@@ -157,5 +163,5 @@ def main():
     """
     try:
         app(prog_name="keras-bwetaf")
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"keras-bwetaf: {error}")

@@ -425,9 +425,7 @@ def _forget(repo, commit):
 
 def _lock(repo):
     """One process at a time downloads and converts a repository."""
-    name = huggingface_hub.file_download.repo_folder_name(
-        repo_id=repo, repo_type="model"
-    )
+    name = f"models--{repo.replace('/', '--')}"
     folder = Path(constants.HF_HUB_CACHE, ".locks", name)
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "keras-bwetaf.lock")
@@ -552,14 +550,14 @@ def _build(config, dtype, tokenizer, weights=None):
     return BwETAFCausalLM(backbone, preprocessor)
 
 
-def _assign(backbone, folder):
-    """Moves weights from a canonical folder into variables, one by one."""
-    import jax
+def _shapes(config):
+    """Shapes by path of the variables that a configuration leads to."""
+    canonical = converters.config_from_keras(config)
+    return {each.keras: each.keras_shape for each in tensors(canonical)}
 
-    variables = {variable.path: variable for variable in backbone.weights}
-    wanted = {path: tuple(each.shape) for path, each in variables.items()}
-    config = converters.read_config(folder)
-    found = {each.keras: each.keras_shape for each in tensors(config)}
+
+def _check_fit(found, wanted):
+    """Compares the shapes of a checkpoint and of a model."""
     problems = [
         f"{path}: {found.get(path, 'nothing')} in the checkpoint, "
         f"{wanted.get(path, 'nothing')} in the model"
@@ -572,6 +570,17 @@ def _assign(backbone, folder):
             "changes a shape, or pass load_weights=False. Tensors that "
             f"differ: {len(problems)}.\n" + "\n".join(problems)
         )
+
+
+def _assign(backbone, folder):
+    """Moves weights from a canonical folder into variables, one by one."""
+    import jax
+
+    variables = {variable.path: variable for variable in backbone.weights}
+    _check_fit(
+        _shapes(backbone_config(folder)),
+        {path: tuple(each.shape) for path, each in variables.items()},
+    )
     for variable in variables.values():
         variable.value.delete()  # zeros, whose memory the weights can have
     for path, array in converters.keras_tensors(folder):
@@ -592,6 +601,9 @@ def _load_keras(folder, dtype, load_weights, config):
         BwETAFCausalLMPreprocessor,
     )
 
+    if load_weights and config:
+        saved = backbone_config(folder)
+        _check_fit(_shapes(saved), _shapes({**saved, **config}))
     keywords = {"load_weights": load_weights, "dtype": dtype}
     with skip_initialization() if load_weights else contextlib.nullcontext():
         if not config:

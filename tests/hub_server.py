@@ -29,10 +29,8 @@ RESOLVE = re.compile(
 class File:
     """A file of a repository and the names that git and LFS give it."""
 
-    def __init__(self, name, path):
-        self.name, self.path = name, path
-        data = path.read_bytes()
-        self.size = len(data)
+    def __init__(self, name, data):
+        self.name, self.data, self.size = name, data, len(data)
         header = b"blob %d\0" % self.size
         self.git = hashlib.sha1(header + data).hexdigest()
         self.large = name.endswith(LARGE_FILES)
@@ -148,7 +146,7 @@ class HubServer:
         """
         folder = Path(folder)
         files = {
-            name: File(name, path)
+            name: File(name, path.read_bytes())
             for path in sorted(folder.rglob("*"))
             if path.is_file() and (name := path.relative_to(folder).as_posix())
         }
@@ -256,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
         file = files.get(unquote(name))
         if file is None:
             return self._refuse(404, "EntryNotFound", "Entry not found", commit)
-        body = file.path.read_bytes()
+        body = file.data
         if file.name in self.hub.corrupt:
             middle = len(body) // 2
             flipped = bytes([body[middle] ^ 0xFF])

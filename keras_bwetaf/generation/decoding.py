@@ -23,7 +23,7 @@ from keras_bwetaf.generation import sampling
 class GenerationState(NamedTuple):
     """Everything that changes from token to token."""
 
-    cache: tuple  # (key, value) per layer, (batch, heads, slots, head_dim)
+    cache: tuple  # (key, value) per layer, see `make_cache`
     prompt_slots: jax.Array  # int32 ()
     prompt_lengths: jax.Array  # int32 (batch,)
     limits: jax.Array  # int32 (batch,), how many new tokens at most
@@ -81,6 +81,17 @@ class Decoder:
         """
         return self._decode(self._values(), state, settings, num_steps)
 
+    def keep_sampler_state(self, state):
+        """Stores the random state of a sampler of the user's own.
+
+        Args:
+            state: `GenerationState`, when generation is over.
+        """
+        for variable, value in zip(
+            self._lm.sampler.variables, state.sampler_variables, strict=True
+        ):
+            variable.assign(value)
+
     def _values(self):
         return [variable.value for variable in self._lm.variables]
 
@@ -116,7 +127,7 @@ class Decoder:
         rows = jnp.arange(batch_size)[:, None]
         state = GenerationState(
             cache=jax.tree.map(
-                lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more_slots), (0, 0))),
+                lambda x: jnp.pad(x, ((0, 0), (0, more_slots), (0, 0))),
                 cache,
             ),
             prompt_slots=jnp.int32(prompt_slots),

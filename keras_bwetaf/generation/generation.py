@@ -128,23 +128,27 @@ def generate_tokens(decoder, request, tokens_per_dispatch, finished):
         settings,
     )
     num_shown = 0
-    while True:
-        num_tokens = int(state.num_tokens)
-        tokens = np.asarray(state.tokens)[:num_rows, num_shown:num_tokens]
-        fresh = []
-        for i, row in enumerate(tokens.tolist()):
-            row = [] if finished[i] else row[: limits[i] - num_shown]
-            for end, token in enumerate(row, start=1):
-                if token in stop_token_ids:
-                    row = row[:end]
-                    finished[i] = True
-            fresh.append(row)
-        num_shown = num_tokens
-        finished |= limits[:num_rows] <= num_shown
-        yield fresh
-        if finished.all():
-            return
-        done = np.pad(finished, (0, num_padding), constant_values=True)
-        state = decoder.decode(
-            state._replace(done=done), settings, tokens_per_dispatch
-        )
+    try:
+        while True:
+            num_tokens = int(state.num_tokens)
+            tokens = np.asarray(state.tokens)[:num_rows, num_shown:num_tokens]
+            fresh = []
+            for i, row in enumerate(tokens.tolist()):
+                row = [] if finished[i] else row[: limits[i] - num_shown]
+                for end, token in enumerate(row, start=1):
+                    if token in stop_token_ids:
+                        row = row[:end]
+                        finished[i] = True
+                        break
+                fresh.append(row)
+            num_shown = num_tokens
+            finished |= limits[:num_rows] <= num_shown
+            yield fresh
+            if finished.all():
+                return
+            done = np.pad(finished, (0, num_padding), constant_values=True)
+            state = decoder.decode(
+                state._replace(done=done), settings, tokens_per_dispatch
+            )
+    finally:
+        decoder.keep_sampler_state(state)

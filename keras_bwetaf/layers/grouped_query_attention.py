@@ -44,9 +44,11 @@ class GroupedQueryAttention(keras.layers.Layer):
         padding_mask: int tensor `(batch, length)`, document numbers as in
             `document_mask`. Needed without a cache.
         positions: int tensor `(batch, length)`. Defaults to 0, 1, 2, ...
-        cache: `(key, value)`, each `(batch, num_key_value_heads, slots,
+        cache: `(key, value)`, each `(batch * num_key_value_heads, slots,
             head_dim)`. The keys and values of `hidden_states` are written
-            into it before attention reads it.
+            into it before attention reads it. With batch and heads in one
+            axis, XLA writes in place; in two, it copies every cache at every
+            step.
         cache_index: int. The first slot to write. Needed with a cache.
         attention_mask: bool tensor `(batch, length, slots)`, the slots that
             each query sees. Needed with a cache.
@@ -169,23 +171,48 @@ def _update_cache(cache, key, value, index):
     """Writes new keys and values into slots `index` and after."""
     return tuple(
         jax.lax.dynamic_update_slice_in_dim(
-            slots, jnp.swapaxes(new, 1, 2).astype(slots.dtype), index, axis=2
+            slots,
+            _merge_heads(new).astype(slots.dtype),
+            index,
+            axis=1,
         )
         for slots, new in zip(cache, (key, value), strict=True)
     )
 
 
+def _merge_heads(x):
+    """`(batch, length, heads, dim)` to `(batch * heads, length, dim)`."""
+    _, length, _, head_dim = x.shape
+    return jnp.reshape(jnp.swapaxes(x, 1, 2), (-1, length, head_dim))
+
+
 def _attend_to_cache(query, cache, mask):
     # b = batch, q = query length, s = slots, k = key/value heads,
     # g = query heads of a group, h = head dim
-    key, value = cache
-    batch_size, length, num_query_heads, head_dim = query.shape
-    num_groups = num_query_heads // key.shape[1]
-    query = jnp.reshape(query, (batch_size, length, -1, num_groups, head_dim))
-    scores = jnp.einsum(
-        "bqkgh,bksh->bkgqs", query, key, preferred_element_type="float32"
+    key, value = cache  # (bk, s, h)
+    batch_size, length, num_query_heads, head_dim = query.shape  # (b, q, kg, h)
+    num_heads = key.shape[0] // batch_size
+    num_groups = num_query_heads // num_heads
+
+    query = jnp.reshape(
+        query, (batch_size, length, num_heads, num_groups * head_dim)
     )
-    scores = scores * head_dim**-0.5
-    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
+    query = jnp.reshape(
+        _merge_heads(query), (len(key), length * num_groups, head_dim)
+    )  # (bk, qg, h)
+    scores = jnp.einsum(
+        "ngh,nsh->ngs", query, key, preferred_element_type="float32"
+    )
+    scores = jnp.reshape(
+        scores, (batch_size, num_heads, length, num_groups, -1)
+    )
+    scores = jnp.where(
+        mask[:, None, :, None], scores * head_dim**-0.5, -jnp.inf
+    )
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgqs,bksh->bqkgh", weights, value)
+    weights = jnp.reshape(weights, (len(key), length * num_groups, -1))
+    attended = jnp.einsum("ngs,nsh->ngh", weights, value)  # (bk, qg, h)
+    attended = jnp.reshape(
+        attended, (batch_size, num_heads, length, num_groups * head_dim)
+    )
+    return jnp.swapaxes(attended, 1, 2)  # (b, q, k, gh)

@@ -116,5 +116,8 @@ class TransformerBlock(keras.layers.Layer):
     def from_config(cls, config):
         config = dict(config)
         for part in ("attention", "feedforward"):
-            config[part] = keras.layers.deserialize(config[part])
+            serialized = dict(config[part])
+            # Parts are built by the block, under the block's name.
+            serialized.pop("build_config", None)
+            config[part] = keras.layers.deserialize(serialized)
         return cls(**config)

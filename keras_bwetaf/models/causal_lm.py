@@ -123,15 +123,14 @@ class BwETAFCausalLM(CausalLM):
 
         Returns:
             list with a `(key, value)` tuple for each layer, each
-            `(batch_size, num_key_value_heads, num_slots, head_dim)` of the
+            `(batch_size * num_key_value_heads, num_slots, head_dim)` of the
             compute dtype.
         """
         caches = []
         for block in self.backbone.transformer_layers:
             attention = block.attention
             shape = (
-                batch_size,
-                attention.num_key_value_heads,
+                batch_size * attention.num_key_value_heads,
                 num_slots,
                 attention.head_dim,
             )
@@ -197,7 +196,8 @@ class BwETAFCausalLM(CausalLM):
         Args:
             inputs: str, or list of str of any lengths. Without a
                 preprocessor, a dict of `token_ids` and `padding_mask`, int
-                arrays `(batch, length)` with padding on the right.
+                arrays `(batch, length)` with padding on the right. Or a
+                `tf.data.Dataset` of batches of either.
             max_length: int. Most tokens of a prompt and its continuation
                 together. Defaults to the preprocessor's `sequence_length`.
             stop_token_ids: `"auto"`, the tokenizer's end token; a list of
@@ -241,16 +241,27 @@ class BwETAFCausalLM(CausalLM):
             seed=seed,
             sampling=sampling,
         )
+        stop_strings = _as_stop_strings(stop_strings)
+        if hasattr(inputs, "as_numpy_iterator"):  # A tf.data.Dataset.
+            return _concatenate(
+                self._generate(batch, strip_prompt, stop_strings, options)
+                for batch in inputs.as_numpy_iterator()
+            )
+        return self._generate(inputs, strip_prompt, stop_strings, options)
+
+    def _generate(self, inputs, strip_prompt, stop_strings, options):
+        """`generate` for one batch."""
         if self.preprocessor is None:
             return self._generate_ids(
                 inputs, strip_prompt, stop_strings, options
             )
         is_single = isinstance(inputs, str)
         texts = _as_texts([inputs] if is_single else inputs)
-        request = self._request(self.preprocessor.tokenizer(texts), **options)
+        prompts = self.preprocessor.tokenizer.tokenize(texts)
+        request = self._request(prompts, **options)
         outputs = ["" if strip_prompt else text for text in texts]
         for pieces in self._generate_text(
-            request, _as_stop_strings(stop_strings), TOKENS_PER_DISPATCH
+            request, stop_strings, TOKENS_PER_DISPATCH
         ):
             outputs = [a + b for a, b in zip(outputs, pieces, strict=True)]
         return outputs[0] if is_single else outputs
@@ -300,7 +311,7 @@ class BwETAFCausalLM(CausalLM):
             )
         _check_positive_int("tokens_per_dispatch", tokens_per_dispatch)
         request = self._request(
-            self.preprocessor.tokenizer([prompt]),
+            self.preprocessor.tokenizer.tokenize([prompt]),
             max_length=max_length,
             stop_token_ids=stop_token_ids,
             max_new_tokens=max_new_tokens,
@@ -333,14 +344,14 @@ class BwETAFCausalLM(CausalLM):
             yield [
                 stream.push(tokens, final)
                 for stream, tokens, final in zip(
-                    streams, fresh, finished, strict=True
+                    streams, fresh, finished.tolist(), strict=True
                 )
             ]
             finished |= [stream.stopped for stream in streams]
 
     def _generate_ids(self, inputs, strip_prompt, stop_strings, options):
         """`generate` without a preprocessor: token ids in and out."""
-        if stop_strings is not None:
+        if stop_strings:
             raise ValueError(
                 "`stop_strings` needs a tokenizer, and this model has "
                 "`preprocessor=None`. Attach a preprocessor or use "
@@ -480,10 +491,24 @@ def _seeds(seed, num_rows):
     return seeds
 
 
+def _concatenate(batches):
+    """Joins the outputs of several batches, lists of str or dicts."""
+    batches = list(batches)
+    if batches and isinstance(batches[0], dict):
+        return {
+            name: np.concatenate([batch[name] for batch in batches])
+            for name in batches[0]
+        }
+    return [text for batch in batches for text in batch]
+
+
 def _as_texts(inputs):
     """A batch of prompts as a list of str."""
     if isinstance(inputs, np.ndarray):
-        inputs = inputs.tolist()
+        inputs = [
+            text.decode() if isinstance(text, bytes) else text
+            for text in inputs.tolist()
+        ]
     if not isinstance(inputs, (list, tuple)) or not inputs:
         raise ValueError(
             "Prompts must be a str or a list of at least one str. Received: "

@@ -284,13 +284,17 @@ def test_edited_canonical_config_wins_over_side_file(
         hidden_dropout=0.25,
         initializer_range=0.5,
     )
+    side_file = canonical_folder / "flax_extras.json"
+    rest = json.loads(side_file.read_text())["config"]
+    rest["values"]["dropout_rate"] = 0.75
+    edit_json(side_file, config=rest)
     safetensors_to_flax(canonical_folder, tmp_path / "back")
     config = json.loads(
         (tmp_path / "back" / "understanding_good_stuff.json").read_text()
     )
     assert config["dropout_rate"] == 0.25
     assert config["param_init_rage"] == 0.5
-    edit_json(canonical_folder / "flax_extras.json", config={"keys": [1]})
+    edit_json(side_file, config={"keys": [1]})
     with pytest.raises(CheckpointError, match="must hold a list of keys"):
         safetensors_to_flax(canonical_folder, tmp_path / "other")
 

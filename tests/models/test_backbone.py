@@ -87,7 +87,7 @@ def test_initial_weights():
     config = dict(TINY, hidden_dim=256, intermediate_dim=512)
     backbone = BwETAFBackbone(**config, initializer_range=0.05)
     for variable in backbone.weights:
-        values = np.asarray(variable)
+        values = variable.numpy()
         if variable.name == "bias":
             assert (values == 0).all()
         elif variable.name == "scale":

@@ -1,0 +1,218 @@
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import converters
+from keras_bwetaf import cli, presets
+from keras_bwetaf.presets import from_preset
+from tests.original import manager, tokenizer
+from tests.presets_fixtures import hub, hub_client  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "the night sky"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model that the original saved."""
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    model = manager(
+        num_heads=4,
+        attention_dim=32,
+        vocab_size=512,
+        num_blocks=2,
+        ff_dim=48,
+        max_len=64,
+    )
+    model.save_model(str(folder), opt_state=False)
+    trained = tokenizer.create("tiny")
+    trained.train([PROMPT] * 50, 300, special_tokens=["<|EOS|>", "<|UK|>"])
+    trained.save(str(folder))
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs the command line; returns `(status, output, complaints)`."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["keras-bwetaf", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        output, complaints = capfd.readouterr()
+        if isinstance(end.value.code, str):  # The interpreter prints it.
+            return 1, output, complaints + end.value.code
+        return end.value.code, output, complaints
+
+    return run
+
+
+def test_version(run):
+    assert run("--version") == (0, "0.1.0\n", "")
+
+
+def test_generate_prints_the_prompt_and_what_follows(run, folder):
+    settings = dict(temperature=1.5, top_p=0.9, top_k=40, min_p=0.01, seed=3)
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in settings.items()
+    ]
+    expected = from_preset(folder, dtype="bfloat16").generate(
+        PROMPT, max_new_tokens=12, repetition_penalty=1.1, **settings
+    )
+
+    received = run(
+        *("generate", PROMPT, "--preset", folder, "--max-new-tokens", 12),
+        *("--repetition-penalty", 1.1, "--dtype", "bfloat16", *options),
+    )
+
+    assert received == (0, expected + "\n", "")
+    assert len(expected) > len(PROMPT)
+
+
+def test_generate_reads_standard_input(run, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    status, output, _ = run(
+        *("generate", "-", "--preset", folder, "--max-new-tokens", 1)
+    )
+    assert status == 0
+    assert output.startswith("two\nlines") and output.endswith("\n")
+    assert not output.startswith("two\nlines\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate"], "Missing argument"),
+        (["generate", ""], "the prompt is empty"),
+        (["generate", "a", "--max-new-tokens", 0], "--max-new-tokens"),
+        (["generate", "a", "--temperature", -1], "--temperature"),
+        (["generate", "a", "--top-p", 1.5], "--top-p"),
+        (["generate", "a", "--min-p", 2], "--min-p"),
+        (["generate", "a", "--top-k", -1], "--top-k"),
+        (["generate", "a", "--dtype", "int8"], "--dtype"),
+        (["generate", "a", "--sampler", "greedy"], "--sampler"),
+        (["continue", "a"], "continue"),
+        (["info"], "Missing argument"),
+    ],
+)
+def test_bad_usage(run, arguments, message):
+    status, output, complaints = run(*arguments)
+    assert (status, output) == (2, "")
+    assert message in complaints.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "a", "--preset", "98m"], "Unknown preset"),
+        (["info", "98m"], "Unknown preset"),
+        (["info", "."], "not a model folder"),
+        (["info", "hf://owner/tiny"], "does not exist"),
+    ],
+)
+def test_failures_are_one_line(
+    run,
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    arguments,
+    message,
+):
+    status, output, complaints = run(*arguments)
+    assert (status, output) == (1, "")
+    assert complaints.startswith("keras-bwetaf: ")
+    assert message in complaints
+    assert len(complaints.splitlines()) == 1
+
+
+def test_prompt_that_does_not_fit(run, folder):
+    status, output, complaints = run(
+        *("generate", PROMPT * 40, "--preset", folder, "--max-new-tokens", 1)
+    )
+    assert (status, output) == (1, "")
+    assert complaints.startswith("keras-bwetaf: ")
+
+
+@pytest.mark.parametrize("layout", ["flax", "safetensors", "keras"])
+def test_info(run, folder, layout, tmp_path):
+    target = tmp_path / "model"
+    if layout == "flax":
+        shutil.copytree(folder, target)
+    elif layout == "safetensors":
+        converters.flax_to_safetensors(folder, target)
+    else:
+        from_preset(folder).save_to_preset(str(target))
+
+    status, output, complaints = run("info", target)
+
+    assert (status, complaints) == (0, "")
+    lines = [
+        line.split("│")[1:3] for line in output.splitlines() if "│" in line
+    ]
+    table = {name.strip(): value.strip() for name, value in lines}
+    assert table["hidden_dim"] == "32"
+    assert table["max_sequence_length"] == "64"
+    count = from_preset(folder).backbone.count_params()
+    assert table["parameters"] == f"{count:,}"
+    weights = presets.FILES[layout][0][1]
+    size = (target / weights).stat().st_size
+    assert table[weights] == f"{size / 1000:.1f} kB"
+    assert str(target) in output
+
+
+def test_info_downloads_no_weights(
+    run,
+    folder,
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+):
+    status, output, _ = run("info", "97m")
+    assert status == 0
+    assert "97,609,728" in output and "not downloaded" in output
+    assert hub.requests == []
+    hub.add("owner/tiny", folder)
+
+    status, output, _ = run("info", "hf://owner/tiny")
+
+    assert status == 0
+    assert "hidden_dim" in output
+    assert "good_stuff.pkl" not in hub.downloads()
+
+
+def start(folder):
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import keras_bwetaf.cli; keras_bwetaf.cli.main()",
+            *("generate", PROMPT, "--preset", str(folder)),
+            *("--max-new-tokens", "60"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_interrupt_is_quiet(folder):
+    with start(folder) as process:
+        assert process.stdout.read(len(PROMPT)) == PROMPT
+        process.send_signal(signal.SIGINT)
+        _, complaints = process.communicate(timeout=60)
+    assert (process.returncode, complaints) == (130, "")
+
+
+@pytest.mark.slow
+def test_closed_pipe_is_quiet(folder):
+    with start(folder) as process:
+        process.stdout.close()
+        complaints = process.stderr.read()
+    assert (process.returncode, complaints) == (1, "")

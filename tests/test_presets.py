@@ -1,0 +1,686 @@
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import huggingface_hub
+import keras
+import numpy as np
+import pytest
+from huggingface_hub import constants
+
+import converters
+from converters.bwetaf_v3 import tensors
+from keras_bwetaf import presets
+from keras_bwetaf.presets import from_preset, list_presets
+from tests.original import manager, tokenizer
+from tests.parity import weights_by_path
+from tests.presets_fixtures import (  # noqa: F401
+    environment,
+    hub,
+    hub_client,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+REPO = "owner/tiny"
+HUB = "hf://" + REPO
+TINY = dict(
+    num_heads=4,
+    attention_dim=32,
+    vocab_size=512,
+    num_blocks=2,
+    ff_dim=48,
+    max_len=64,
+    gqa_repeats=2,
+)
+TEXTS = ["In the beginning was the Word, and the night sky was bright."] * 50
+WEIGHTS = "good_stuff.pkl"
+
+
+def save_original(folder, dtype, **config):
+    """Saves a model and a tokenizer as the original does."""
+    model = manager(dtype, **config)
+    model.save_model(str(folder), opt_state=False)
+    # What a training run leaves and nobody should have to download.
+    (folder / "make_stuff_better.pkl").write_bytes(b"optimizer")
+    trained = tokenizer.create("tiny")
+    trained.train(TEXTS, 400, special_tokens=["<|EOS|>", "<|UK|>"])
+    trained.save(str(folder))
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny model of the original, and its folder."""
+    folder = tmp_path_factory.mktemp("original") / "tiny"
+    return save_original(folder, "float32", **TINY), folder
+
+
+@pytest.fixture
+def flax_folder(saved, tmp_path):
+    return shutil.copytree(saved[1], tmp_path / "tiny")
+
+
+@pytest.fixture
+def canonical_folder(saved, tmp_path):
+    converters.flax_to_safetensors(saved[1], tmp_path / "canonical")
+    return tmp_path / "canonical"
+
+
+@pytest.fixture
+def keras_folder(saved, tmp_path):
+    lm = from_preset(saved[1])
+    lm.save_to_preset(str(tmp_path / "keras"))
+    return tmp_path / "keras"
+
+
+@pytest.fixture
+def no_sockets(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("A socket was opened.")
+
+    def block():
+        monkeypatch.setattr(socket, "socket", refuse)
+        monkeypatch.setattr(socket, "create_connection", refuse)
+
+    return block
+
+
+def values(lm):
+    return [np.asarray(weight.value) for weight in lm.backbone.weights]
+
+
+def assert_same_weights(a, b):
+    for x, y in zip(values(a), values(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def assert_original(lm, saved):
+    """The weights are the original's, and so is the text they came with."""
+    model, folder = saved
+    expected = weights_by_path(model.params)
+    received = {weight.path: weight.value for weight in lm.backbone.weights}
+    assert received.keys() == expected.keys()
+    for path, weight in expected.items():
+        np.testing.assert_array_equal(received[path], weight, path)
+    assert lm.preprocessor.tokenizer("the night sky").tolist() == (
+        tokenizer.load(str(folder)).encode("the night sky")
+    )
+    assert lm.preprocessor.sequence_length == lm.backbone.max_sequence_length
+
+
+def assert_nothing_left(home):
+    """What remains is locks and what the Hub says about commits."""
+    for path in home.rglob("*"):
+        if path.is_file():
+            assert path.parent.name in ("hub", "refs", "trees") or (
+                path.suffix == ".lock"
+            ), path
+    assert not (home / "assets").exists()
+
+
+def listing(folder):
+    return sorted(
+        (path, path.stat().st_mtime_ns, path.stat().st_size)
+        for path in folder.rglob("*")
+    )
+
+
+# === Names ===
+
+
+def test_presets_describe_themselves():
+    for name, preset in presets.PRESETS.items():
+        backbone = {
+            "rope_max_wavelength": 10000.0,
+            "layer_norm_epsilon": 1e-8,
+            **preset["config"],
+        }
+        shapes = [
+            tensor.shape
+            for tensor in tensors(converters.config_from_keras(backbone))
+        ]
+        count = sum(int(np.prod(shape)) for shape in shapes)
+        assert list_presets()[name]["parameters"] == count
+    assert list_presets()["97m"]["parameters"] == 97_609_728
+
+
+@pytest.mark.parametrize(
+    "preset, revision, message",
+    [
+        ("98m", None, r"Unknown preset.*'97m'.*Received: preset='98m'"),
+        (Path("nowhere"), None, "Unknown preset.*'nowhere'"),
+        ("hf://tiny", None, "hf://owner/repo. Received: preset='hf://tiny'"),
+        (".", "main", "a folder has none. Received: preset='.', revision='m"),
+    ],
+)
+def test_bad_names(preset, revision, message):
+    with pytest.raises(ValueError, match=message):
+        from_preset(preset, revision=revision)
+
+
+# === Folders ===
+
+
+@pytest.mark.parametrize("layout", ["flax", "canonical", "keras"])
+def test_folders_load_and_stay_as_they_are(
+    layout, saved, tmp_path, monkeypatch, request
+):
+    folder = request.getfixturevalue(f"{layout}_folder")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    before = listing(folder)
+
+    lm = from_preset(folder)
+
+    assert_original(lm, saved)
+    assert lm.backbone.dtype == "float32"
+    assert listing(folder) == before
+    assert listing(tmp_path / "temporary") == []
+
+
+@pytest.mark.parametrize("layout", ["flax", "canonical", "keras"])
+def test_dtype_and_overrides(layout, request):
+    folder = request.getfixturevalue(f"{layout}_folder")
+
+    lm = from_preset(
+        str(folder), dtype="bfloat16", rope_dtype="float32", dropout=0.5
+    )
+
+    assert {weight.dtype for weight in lm.backbone.weights} == {"bfloat16"}
+    assert lm.backbone.rope_dtype == "float32"
+    assert lm.backbone.dropout == 0.5
+    assert lm.backbone.num_key_value_heads == 2
+    exact = from_preset(folder)
+    for rounded, value in zip(values(lm), values(exact), strict=True):
+        np.testing.assert_array_equal(rounded, value.astype("bfloat16"))
+
+
+@pytest.mark.parametrize("layout", ["flax", "canonical", "keras"])
+def test_overrides_that_do_not_fit(layout, request):
+    folder = request.getfixturevalue(f"{layout}_folder")
+    with pytest.raises(TypeError, match="ropedtype.*it takes vocab.*rope_dt"):
+        from_preset(folder, ropedtype="float32")
+    with pytest.raises(ValueError, match="does not fit the weights"):
+        from_preset(folder, vocabulary_size=600)
+
+    lm = from_preset(folder, load_weights=False, vocabulary_size=600)
+
+    assert lm.backbone.vocabulary_size == 600
+    assert lm.preprocessor is not None
+
+
+def test_shape_errors_name_every_tensor(canonical_folder):
+    with pytest.raises(ValueError) as error:
+        from_preset(canonical_folder, vocabulary_size=600, num_layers=1)
+    message = str(error.value)
+    assert "differ: 14" in message
+    assert (
+        "token_embedding/embeddings: (512, 32) in the checkpoint, (600, 32) "
+        "in the model"
+    ) in message
+    assert "(32,) in the checkpoint, nothing in the model" in message
+
+
+def test_random_weights(canonical_folder):
+    (canonical_folder / "model.safetensors").unlink()
+    keras.utils.set_random_seed(0)
+
+    lm = from_preset(canonical_folder, load_weights=False)
+
+    embeddings = np.asarray(lm.backbone.token_embedding.embeddings)
+    assert 0.015 < embeddings.std() < 0.025
+
+
+def test_weights_are_copies(canonical_folder):
+    path = canonical_folder / "model.safetensors"
+    data = path.read_bytes()
+    # Aligned to 64 bytes, arrays could be used where they are.
+    length = int.from_bytes(data[:8], "little")
+    padding = -(8 + length) % 64
+    size = (length + padding).to_bytes(8, "little")
+    header = data[8 : 8 + length] + b" " * padding
+    path.write_bytes(size + header + data[8 + length :])
+    lm = from_preset(canonical_folder)
+    before = [np.array(value) for value in values(lm)]
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    for value, old in zip(values(lm), before, strict=True):
+        np.testing.assert_array_equal(value, old)
+
+
+def test_folder_without_tokenizer(flax_folder):
+    shutil.rmtree(flax_folder / "tokenizer")
+    with pytest.warns(UserWarning, match="no preprocessor.*tokenizer.json"):
+        lm = from_preset(flax_folder)
+    assert lm.preprocessor is None
+
+
+# === The Hub ===
+
+
+def test_flax_repository(
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    saved,
+    no_sockets,
+):
+    commit = hub.add(REPO, saved[1])
+
+    first = from_preset(HUB)
+
+    assert_original(first, saved)
+    assert dict(hub.downloads()) == {
+        "understanding_good_stuff.json": 1,
+        WEIGHTS: 1,
+        "tokenizer/yap.json": 1,
+        "tokenizer/understanding_yap.json": 1,
+    }
+    assert presets.cached_folder(HUB) == (
+        hub_client / "assets" / "keras-bwetaf" / "owner--tiny" / commit
+    )
+    hub.stop()
+    no_sockets()
+    shutil.rmtree(hub_client / "hub")
+    for revision in (None, "main", commit):
+        assert_same_weights(first, from_preset(HUB, revision=revision))
+
+
+@pytest.mark.parametrize("layout", ["canonical", "keras"])
+def test_other_repositories_load_from_the_hub_cache(
+    layout,
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    saved,
+    no_sockets,
+    request,
+):
+    folder = request.getfixturevalue(f"{layout}_folder")
+    (folder / "training_log.json").write_text("{}")
+    commit = hub.add(REPO, folder)
+
+    first = from_preset(HUB)
+
+    assert_original(first, saved)
+    assert "training_log.json" not in hub.downloads()
+    assert set(hub.downloads().values()) == {1}
+    snapshot = hub_client / "hub" / "models--owner--tiny/snapshots" / commit
+    assert presets.cached_folder(HUB) == snapshot
+    hub.stop()
+    no_sockets()
+    assert_same_weights(first, from_preset(HUB))
+
+
+def test_a_branch_stays_pinned(hub, hub_client, flax_folder):  # noqa: F811
+    hub.add(REPO, flax_folder)
+    first = from_preset(HUB)
+    manager("float32", seed=1, **TINY).save_model(
+        str(flax_folder), opt_state=False
+    )
+    commit = hub.add(REPO, flax_folder)
+
+    assert_same_weights(first, from_preset(HUB))
+    with pytest.raises(AssertionError):
+        assert_same_weights(first, from_preset(HUB, revision=commit))
+    # The pin outlives the files that it points to.
+    shutil.rmtree(presets.cached_folder(HUB))
+    shutil.rmtree(hub_client / "hub")
+    assert_same_weights(first, from_preset(HUB))
+
+
+def test_offline(hub, hub_client, saved, monkeypatch):  # noqa: F811
+    hub.add(REPO, saved[1])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="not in the cache.*OFFLINE"):
+        from_preset(HUB)
+    assert_nothing_left(hub_client)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    huggingface_hub.snapshot_download(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    assert_original(from_preset(HUB), saved)
+
+
+def test_token(hub, hub_client, saved, monkeypatch):  # noqa: F811
+    hub.add(REPO, saved[1])
+    hub.token = "hf_right"
+    with pytest.raises(FileNotFoundError, match="private, log in with `hf au"):
+        from_preset(HUB)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(PermissionError, match="status 401.*set HF_TOKEN"):
+        from_preset(HUB)
+    assert_nothing_left(hub_client)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+
+    assert_original(from_preset(HUB), saved)
+
+
+def test_gated(hub, hub_client, saved):  # noqa: F811
+    hub.add(REPO, saved[1])
+    hub.gated.add(REPO)
+    with pytest.raises(PermissionError, match="gated.*`hf auth login` or set"):
+        from_preset(HUB)
+    assert_nothing_left(hub_client)
+
+
+def test_unknown_repository_and_revision(
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    saved,
+):
+    hub.add(REPO, saved[1])
+    with pytest.raises(FileNotFoundError, match="owner/other.*not exist"):
+        from_preset("hf://owner/other")
+    with pytest.raises(FileNotFoundError, match="v2.*no such revision"):
+        from_preset(HUB, revision="v2")
+    assert_nothing_left(hub_client)
+
+
+def test_no_network(hub, hub_client, saved):  # noqa: F811
+    hub.add(REPO, saved[1])
+    hub.stop()
+    with pytest.raises(ConnectionError, match="cannot be reached.*a folder"):
+        from_preset(HUB)
+    assert_nothing_left(hub_client)
+
+
+@pytest.mark.parametrize(
+    "name", ["understanding_good_stuff.json", WEIGHTS, "tokenizer/yap.json"]
+)
+def test_missing_file(name, hub, hub_client, flax_folder):  # noqa: F811
+    (flax_folder / name).unlink()
+    hub.add(REPO, flax_folder)
+    with pytest.raises(FileNotFoundError, match=f"Missing: {name}"):
+        from_preset(HUB)
+    assert_nothing_left(hub_client)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer/yap.json"])
+def test_corrupt_download(name, hub, hub_client, saved):  # noqa: F811
+    hub.add(REPO, saved[1])
+    hub.corrupt.add(name)
+    with pytest.raises(ValueError, match=f"{name}: the download is corrupt"):
+        from_preset(HUB)
+    assert_nothing_left(hub_client)
+    hub.corrupt.clear()
+
+    assert_original(from_preset(HUB), saved)
+
+
+def test_truncated_download(hub, hub_client, saved):  # noqa: F811
+    hub.add(REPO, saved[1])
+    hub.truncated[WEIGHTS] = 1000
+    with pytest.raises(ConnectionError, match="incomplete.*but has size 1000"):
+        from_preset(HUB)
+    assert presets.cached_folder(HUB) is None
+    assert not (hub_client / "assets").exists()
+    assert not list(hub_client.rglob("*.incomplete"))
+    hub.truncated.clear()
+
+    assert_original(from_preset(HUB), saved)
+
+
+def test_truncated_in_the_repository(
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    flax_folder,
+):
+    weights = flax_folder / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    hub.add(REPO, flax_folder)
+    with pytest.raises(ValueError, match="truncated"):
+        from_preset(HUB)
+    assert_nothing_left(hub_client)
+
+
+@pytest.mark.parametrize("layout", ["flax", "canonical"])
+def test_wrong_shape(
+    layout,
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    request,
+):
+    folder = request.getfixturevalue(f"{layout}_folder")
+    name, key = {
+        "flax": ("understanding_good_stuff.json", "ff_dim"),
+        "canonical": ("config.json", "intermediate_size"),
+    }[layout]
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**config, key: 50}))
+    hub.add(REPO, folder)
+    with pytest.raises(ValueError, match=r"\(?50\D"):
+        from_preset(HUB)
+    assert_nothing_left(hub_client)
+
+
+def test_another_architecture_costs_no_download(
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    canonical_folder,
+):
+    path = canonical_folder / "config.json"
+    path.write_text(path.read_text().replace('"bwetaf"', '"llama"'))
+    hub.add(REPO, canonical_folder)
+    with pytest.raises(ValueError, match="model_type='llama'"):
+        from_preset(HUB)
+    assert "model.safetensors" not in hub.downloads()
+    assert_nothing_left(hub_client)
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_CACHE", "HF_ASSETS_CACHE"])
+def test_cache_that_cannot_be_written(
+    name,
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    saved,
+    tmp_path,
+    monkeypatch,
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, name, str(tmp_path / "file" / "cache"))
+    hub.add(REPO, saved[1])
+    with pytest.raises(OSError, match="Cannot write the cache.*HF_HOME"):
+        from_preset(HUB)
+
+
+def test_interrupted_conversion_leaves_nothing(
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    saved,
+    monkeypatch,
+):
+    hub.add(REPO, saved[1])
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(converters.canonical, "write_safetensors", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            from_preset(HUB)
+    assert not [
+        path for path in (hub_client / "assets").rglob("*") if path.is_file()
+    ]
+    assert presets.cached_folder(HUB) is None
+
+    assert_original(from_preset(HUB), saved)
+    assert hub.downloads()[WEIGHTS] == 1
+
+
+# === Without weights ===
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    config = {
+        "vocabulary_size": 512,
+        "num_layers": 2,
+        "num_query_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_dim": 32,
+        "intermediate_dim": 48,
+        "max_sequence_length": 32,
+    }
+    preset = {"repo": REPO, "revision": "main", "config": config}
+    monkeypatch.setitem(presets.PRESETS, "tiny", preset)
+
+
+def test_name_without_weights(hub, hub_client, saved, tiny_preset):  # noqa: F811
+    hub.add(REPO, saved[1])
+
+    lm = from_preset("tiny", load_weights=False, dropout=0.25)
+
+    assert WEIGHTS not in hub.downloads()
+    assert lm.backbone.max_sequence_length == 32  # the preset's
+    assert lm.backbone.dropout == 0.25
+    assert len(lm.preprocessor.tokenizer("the night sky")) > 0
+    assert presets.cached_folder("tiny") is None
+
+
+def test_name_without_weights_or_network(hub, hub_client):  # noqa: F811
+    hub.stop()
+    with pytest.warns(UserWarning, match="cannot be reached") as caught:
+        lm = from_preset("97m", load_weights=False)
+    assert caught[0].filename == __file__
+    assert lm.preprocessor is None
+    assert lm.backbone.count_params() == 97_609_728
+    assert_nothing_left(hub_client)
+
+
+# === Processes ===
+
+LOAD = """
+import hashlib, re, sys
+from pathlib import Path
+
+def resident(name):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", status)[1])
+
+import keras_bwetaf
+preset, dtype, warm_up, *blocked = sys.argv[1:]
+# What the libraries allocate on first use is no part of the weights' cost.
+keras_bwetaf.from_preset(warm_up, dtype=dtype)
+if blocked:
+    import socket
+    socket.socket = socket.create_connection = None
+before = resident("VmRSS")
+lm = keras_bwetaf.from_preset(preset, dtype=dtype)
+peak = resident("VmHWM") - before
+digest = hashlib.sha256()
+size = 0
+for weight in lm.backbone.weights:
+    size += weight.value.nbytes
+    digest.update(weight.value.tobytes())
+print(lm.backbone.count_params(), digest.hexdigest(), peak / size)
+"""
+
+
+def start(script, *arguments, hub, home):  # noqa: F811
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment(hub, home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    output, complaints = process.communicate(timeout=300)
+    assert process.returncode == 0, complaints
+    return output.split()
+
+
+@pytest.mark.slow
+def test_two_processes_convert_once(hub, hub_client, saved):  # noqa: F811
+    hub.add(REPO, saved[1])
+    processes = [
+        start(LOAD, HUB, "float32", saved[1], hub=hub, home=hub_client)
+        for _ in range(2)
+    ]
+
+    (_, first, _), (_, second, _) = map(finish, processes)
+
+    assert first == second
+    assert set(hub.downloads().values()) == {1}
+    assert_original(from_preset(HUB), saved)
+
+
+KILLED = """
+import os, signal, sys
+import converters.canonical
+from keras_bwetaf import presets
+
+def kill(path, *_):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+converters.canonical.write_safetensors = kill
+presets.preset_folder(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_killed_conversion_leaves_no_half_cache(
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    saved,
+):
+    hub.add(REPO, saved[1])
+    process = start(KILLED, HUB, hub=hub, home=hub_client)
+    process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    assert list(hub_client.rglob("*.safetensors"))  # it was under way
+    assert presets.cached_folder(HUB) is None
+
+    lm = from_preset(HUB)
+
+    assert_original(lm, saved)
+    assert list(hub_client.rglob("*.safetensors")) == [
+        presets.cached_folder(HUB) / "model.safetensors"
+    ]
+
+
+@pytest.mark.slow
+def test_the_published_model_end_to_end(
+    hub,  # noqa: F811
+    hub_client,  # noqa: F811
+    saved,
+    tmp_path,
+):
+    folder = tmp_path / "97m"
+    model = save_original(folder, "bfloat16")
+    hub.add("WICKED4950/BwETAFv3-97M", folder)
+    hub.dropped[WEIGHTS] = 65_000_000
+
+    count, _, peak = finish(
+        start(LOAD, "97m", "float32", saved[1], hub=hub, home=hub_client)
+    )
+
+    assert int(count) == 97_609_728
+    assert float(peak) <= 1.3
+    assert "make_stuff_better.pkl" not in hub.downloads()
+    ranges = [
+        headers["Range"] for _, _, headers in hub.requests if "Range" in headers
+    ]
+    assert ranges == ["bytes=62914560-"]  # whole chunks of 10 MiB were kept
+
+    hub.stop()
+    count, digest, peak = finish(
+        start(LOAD, "97m", "bfloat16", saved[1], 1, hub=hub, home=hub_client)
+    )
+
+    assert int(count) == 97_609_728
+    assert float(peak) <= 1.3
+    lm = from_preset("97m", dtype="bfloat16")
+    assert_original(lm, (model, folder))
+    received = hashlib.sha256(b"".join(map(np.ndarray.tobytes, values(lm))))
+    assert received.hexdigest() == digest
