@@ -15,28 +15,25 @@ class Kind:
         name: str. Last part of the canonical name.
         keras: str. Last part of the Keras path.
         from_flax: tuple of transforms that show the Flax tensor in the
-            canonical layout.
-        to_keras: tuple of transforms that show the canonical tensor in
-            Keras's layout.
+            canonical layout, which is Keras's, too.
     """
 
     flax: str
     name: str
     keras: str
     from_flax: tuple = ()
-    to_keras: tuple = ()
 
 
 TURN, FLAT, VALUE, GATE = Transpose(), Squeeze(), Half(0), Half(1)
 
 EMBEDDING = Kind("embedding", "weight", "embeddings")
 SCALE = Kind("scale", "weight", "scale")
-KERNEL = Kind("w", "weight", "kernel", (TURN,), (TURN,))
+KERNEL = Kind("w", "weight", "kernel", (TURN,))
 BIAS = Kind("b", "bias", "bias", (FLAT,))
 # The original's first feed-forward product holds two tensors of ours.
-VALUE_KERNEL = Kind("w", "weight", "kernel", (VALUE, TURN), (TURN,))
+VALUE_KERNEL = Kind("w", "weight", "kernel", (VALUE, TURN))
 VALUE_BIAS = Kind("b", "bias", "bias", (FLAT, VALUE))
-GATE_KERNEL = Kind("w", "weight", "kernel", (GATE, TURN), (TURN,))
+GATE_KERNEL = Kind("w", "weight", "kernel", (GATE, TURN))
 GATE_BIAS = Kind("b", "bias", "bias", (FLAT, GATE))
 
 # Kind, sizes in Flax, path in Flax, canonical name (also PyTorch's), path in
@@ -95,10 +92,6 @@ class Tensor:
     @property
     def shape(self):
         return view_shape(self.kind.from_flax, self.flax_shape)
-
-    @property
-    def keras_shape(self):
-        return view_shape(self.kind.to_keras, self.shape)
 
 
 def tensors(config):

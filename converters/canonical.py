@@ -80,7 +80,7 @@ def read_config(folder):
 
 
 def keras_tensors(folder):
-    """Gives the weights of a canonical folder in Keras's layout.
+    """Gives the weights of a canonical folder by path of Keras variable.
 
     Names, shapes and dtypes are checked before the first tensor is given.
 
@@ -100,13 +100,13 @@ def keras_tensors(folder):
     shapes = {tensor.name: tensor.shape for tensor in expected}
     refuse(folder, _coverage_problems(shapes, found))
 
-    def relaid():
+    def by_path():
         for tensor in expected:
             mapped = found[tensor.name]
-            yield tensor.keras, view(tensor.kind.to_keras, mapped.array())
+            yield tensor.keras, mapped.array()
             mapped.release()
 
-    return relaid()
+    return by_path()
 
 
 def flax_to_safetensors(source, target, *, progress=None):

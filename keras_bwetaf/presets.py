@@ -1,24 +1,20 @@
 """A preset's name -> where its files live -> a local folder -> a model."""
 
 import contextlib
-import dataclasses
-import hashlib
 import inspect
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from urllib.parse import quote
 
-import huggingface_hub
-from filelock import FileLock
-from huggingface_hub import constants, errors
+from huggingface_hub import constants
 
 import converters
 from converters.bwetaf_v3 import tensors
-from converters.files import new_file, read_json
+from converters.canonical import FLAX_CONFIG
+from converters.files import read_json
+from keras_bwetaf import hub
 
 PRESETS = {
     "97m": {
@@ -45,37 +41,9 @@ PRESETS = {
     },
 }
 
-# Which files of a repository are needed, and which are welcome, by format.
-# The optimizer's state, larger than the weights, is among neither.
-FILES = {
-    "safetensors": (
-        ["config.json", "model.safetensors", "tokenizer.json"],
-        ["tokenizer_config.json", "generation_config.json"],
-    ),
-    "flax": (
-        [
-            "understanding_good_stuff.json",
-            "good_stuff.pkl",
-            "tokenizer/yap.json",
-        ],
-        ["tokenizer/understanding_yap.json"],
-    ),
-    "keras": (
-        ["config.json", "model.weights.h5", "tokenizer.json"],
-        [
-            "task.json",
-            "task.weights.h5",
-            "preprocessor.json",
-            "metadata.json",
-            "assets/tokenizer/tokenizer.json",
-        ],
-    ),
-}
 TOKENIZERS = {"safetensors": "tokenizer.json", "flax": "tokenizer/yap.json"}
-WEIGHTS = (".pkl", ".safetensors", ".h5")
 HUB_PREFIX = "hf://"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def list_presets():
@@ -187,7 +155,9 @@ def preset_folder(preset, revision=None, weights=True):
     repo, revision = _repository(preset, revision)
     if repo is None:
         return Path(preset)
-    return _cached(repo, revision) or _fetch(repo, revision, weights)
+    return hub.cached(repo, revision) or hub.fetch(
+        repo, revision, weights, check=backbone_config
+    )
 
 
 def cached_folder(preset, revision=None):
@@ -201,7 +171,7 @@ def cached_folder(preset, revision=None):
         A `Path`, or `None` if the preset has to be downloaded first.
     """
     repo, revision = _repository(preset, revision)
-    return Path(preset) if repo is None else _cached(repo, revision)
+    return Path(preset) if repo is None else hub.cached(repo, revision)
 
 
 def backbone_config(folder):
@@ -221,14 +191,11 @@ def backbone_config(folder):
     if layout == "keras":
         return read_json(folder / "config.json")["config"]
     if layout == "flax":
-        path = folder / FILES["flax"][0][0]
+        path = folder / FLAX_CONFIG
         config = converters.config_from_flax(read_json(path), source=path)
     else:
         config = converters.read_config(folder)
     return converters.config_to_keras(config)
-
-
-# === From a preset to a folder ===
 
 
 def _repository(preset, revision):
@@ -256,246 +223,6 @@ def _repository(preset, revision):
             f"preset={os.fspath(preset)!r}, revision={revision!r}"
         )
     return None, None
-
-
-def _assets(repo):
-    """Where the converted models of a repository live, a folder a commit.
-
-    The path is that of `huggingface_hub.cached_assets_path`, which would
-    create the folder: a look-up must leave no trace, and a conversion ends
-    with the folder's creation.
-    """
-    assets = Path(constants.HF_ASSETS_CACHE).expanduser()
-    return assets / "keras-bwetaf" / repo.replace("/", "--")
-
-
-def _pin(repo, revision):
-    """The file that holds the commit of a revision that was loaded."""
-    return _assets(repo) / "refs" / quote(revision, safe="")
-
-
-def _cached(repo, revision):
-    """The folder that a revision was loaded from before, or None."""
-    pin = _pin(repo, revision)
-    if not pin.is_file():
-        return None
-    commit = pin.read_text()
-    converted = _assets(repo) / commit
-    return converted if converted.is_dir() else _snapshot(repo, commit)
-
-
-def _snapshot(repo, revision):
-    """The Hub cache's own folder of a revision, or None; no network."""
-    for needed, _ in FILES.values():
-        path = huggingface_hub.try_to_load_from_cache(
-            repo, needed[0], constants.HF_HUB_CACHE, revision
-        )
-        if isinstance(path, str):
-            return Path(path).parent
-    return None
-
-
-def _fetch(repo, revision, weights):
-    """Downloads a revision; with weights, checks, converts and pins it."""
-    commit, files = _resolve(repo, revision, weights)
-    names, missing = _choose(files, weights)
-    if missing:
-        raise FileNotFoundError(
-            f"The repository {repo} does not hold a whole model. Missing: "
-            f"{', '.join(missing)}. Its owner has to add them, or pass a "
-            "folder that holds the model."
-        )
-    with _clear_errors(repo, revision):
-        if not weights:
-            return _download(repo, commit, files, names)
-        with _lock(repo):
-            # Another process may have been faster.
-            folder = _cached(repo, commit)
-            if folder is None:
-                folder = _download(repo, commit, files, names)
-            for name in (commit, revision):
-                pin = _pin(repo, name)
-                pin.parent.mkdir(parents=True, exist_ok=True)
-                with new_file(pin) as file:
-                    file.write(commit.encode())
-            return folder
-
-
-def _resolve(repo, revision, weights):
-    """Returns the commit of a revision and its files by name."""
-    pin = _pin(repo, revision)
-    if pin.is_file():
-        revision = pin.read_text()
-    try:
-        with _clear_errors(repo, revision):
-            info = huggingface_hub.HfApi().model_info(
-                repo, revision=revision, files_metadata=True
-            )
-    except ConnectionError:
-        # What another program put into the Hub's cache does as well.
-        snapshot = _snapshot(repo, revision)
-        files = {
-            path.relative_to(snapshot).as_posix(): None
-            for path in (snapshot.rglob("*") if snapshot else ())
-        }
-        _, missing = _choose(files, weights)
-        if missing:
-            raise
-        return snapshot.name, files
-    return info.sha, {file.rfilename: file for file in info.siblings}
-
-
-def _choose(files, weights):
-    """The names to download, in the likeliest format, and those missing."""
-    needed, welcome = max(
-        FILES.values(), key=lambda names: len(files.keys() & set(names[0]))
-    )
-    names = [
-        name
-        for name in needed + welcome
-        if weights or not name.endswith(WEIGHTS)
-    ]
-    return (
-        [name for name in names if name in files],
-        [name for name in names if name in needed and name not in files],
-    )
-
-
-def _download(repo, commit, files, names):
-    """Downloads and checks files, and converts them if need be.
-
-    What turns out to be damaged is removed, so that the next attempt
-    downloads it again.
-    """
-    weights = [name for name in names if name.endswith(WEIGHTS)]
-    small = [name for name in names if name not in weights]
-    try:
-        # Weights come last: first it must be a model of this architecture.
-        for batch in filter(None, (small, weights)):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    repo, revision=commit, allow_patterns=batch
-                )
-            )
-            for name in batch:
-                _check_digest(folder / name, files[name])
-            backbone_config(folder)
-        layout = converters.detect_format(folder)
-        if weights and layout == "safetensors":
-            converters.keras_tensors(folder)
-        if weights and layout == "flax":
-            target = _assets(repo) / commit
-            for leftover in target.parent.glob(".*.tmp"):
-                shutil.rmtree(leftover)  # of a process that was killed
-            converters.flax_to_safetensors(folder, target)
-            return target
-        return folder
-    except ValueError:
-        _forget(repo, commit)
-        raise
-
-
-def _check_digest(path, file):
-    """Compares a file with what the Hub says of it, if it was asked."""
-    if file is None:
-        return
-    with path.open("rb") as content:
-        if file.lfs is not None:
-            expected = file.lfs.sha256
-            received = hashlib.file_digest(content, "sha256").hexdigest()
-        else:
-            expected = file.blob_id
-            data = content.read()
-            header = b"blob %d\0" % len(data)
-            received = hashlib.sha1(header + data).hexdigest()
-    if received != expected:
-        raise ValueError(
-            f"{file.rfilename}: the download is corrupt and was removed. "
-            f"Expected: digest {expected}. Received: {received}. Try again."
-        )
-
-
-def _forget(repo, commit):
-    """Removes a revision from the Hub's cache."""
-    cache = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
-    own = frozenset(each for each in cache.repos if each.repo_id == repo)
-    cache = dataclasses.replace(cache, repos=own)
-    cache.delete_revisions(commit).execute()
-
-
-def _lock(repo):
-    """One process at a time downloads and converts a repository."""
-    name = f"models--{repo.replace('/', '--')}"
-    folder = Path(constants.HF_HUB_CACHE, ".locks", name)
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / "keras-bwetaf.lock")
-
-
-@contextlib.contextmanager
-def _clear_errors(repo, revision):
-    """Says what went wrong on the way from the Hub, and what to do."""
-    try:
-        yield
-    except (errors.HTTPError, OSError) as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            error = error.__cause__ or error
-        raise _explain(error, repo, revision) from error
-
-
-def _explain(error, repo, revision):
-    where = f"{repo} (revision {revision}, {constants.ENDPOINT})"
-    response = getattr(error, "response", None)
-    if isinstance(error, errors.GatedRepoError):
-        return PermissionError(
-            f"{where} is gated. Accept its terms on its page, then {LOGIN}, "
-            "as somebody who has access."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"{where} does not exist, or is private. Check its name; if it is "
-            f"private, {LOGIN}."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return FileNotFoundError(
-            f"{where}: the repository has no such revision. Pass a branch, a "
-            "tag or a commit that it has."
-        )
-    if response is not None and response.status_code in (401, 403):
-        return PermissionError(
-            f"{where} refuses access with status {response.status_code}. "
-            f"To use another account or token, {LOGIN}."
-        )
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return ConnectionError(
-            f"{where} is not in the cache, and HF_HUB_OFFLINE forbids to "
-            "download it. Unset HF_HUB_OFFLINE, or pass a folder that holds "
-            "the model."
-        )
-    if response is not None:
-        return ConnectionError(
-            f"{where} answers with status {response.status_code}. Try again "
-            "later."
-        )
-    if isinstance(error, errors.HTTPError):
-        return ConnectionError(
-            f"{where} cannot be reached: {error}. Check the network, or pass "
-            "a folder that holds the model. Once downloaded, a model loads "
-            "without the network."
-        )
-    if error.errno is not None:
-        return OSError(
-            error.errno,
-            f"{error.strerror}. Cannot write the cache. Free space, or set "
-            "HF_HOME to a folder that can be written",
-            error.filename,
-        )
-    first_line = str(error).splitlines()[0]
-    return ConnectionError(
-        f"{where}: the download is incomplete. {first_line} Try again."
-    )
-
-
-# === From a folder to a model ===
 
 
 def _check_keywords(config):
@@ -553,7 +280,7 @@ def _build(config, dtype, tokenizer, weights=None):
 def _shapes(config):
     """Shapes by path of the variables that a configuration leads to."""
     canonical = converters.config_from_keras(config)
-    return {each.keras: each.keras_shape for each in tensors(canonical)}
+    return {each.keras: each.shape for each in tensors(canonical)}
 
 
 def _check_fit(found, wanted):
@@ -574,8 +301,6 @@ def _check_fit(found, wanted):
 
 def _assign(backbone, folder):
     """Moves weights from a canonical folder into variables, one by one."""
-    import jax
-
     variables = {variable.path: variable for variable in backbone.weights}
     _check_fit(
         _shapes(backbone_config(folder)),
@@ -585,11 +310,9 @@ def _assign(backbone, folder):
         variable.value.delete()  # zeros, whose memory the weights can have
     for path, array in converters.keras_tensors(folder):
         variable = variables[path]
-        array = array.astype(variable.dtype, copy=False)
-        # A copy, because the file may go; awaited, because copies in flight
-        # pile up.
-        array = jax.device_put(array, may_alias=False).block_until_ready()
-        variable.assign(array)
+        # A copy: JAX goes on using an array where it lies, and the file may
+        # change.
+        variable.assign(array.astype(variable.dtype))
 
 
 def _load_keras(folder, dtype, load_weights, config):

@@ -8,8 +8,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from pathlib import Path  # noqa: E402
 
+import huggingface_hub  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
+
+from tests.hub_server import HubServer  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "checkpoints"
 
@@ -29,3 +33,37 @@ def trained_checkpoint():
     if not folder.is_dir():
         pytest.skip(f"the trained checkpoint is not at {folder}")
     return folder
+
+
+@pytest.fixture
+def hub():
+    """A Hub on this machine."""
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub_client(hub, tmp_path, monkeypatch):
+    """Points `huggingface_hub` in this process at the hub, caches empty.
+
+    It reads its environment when it is imported, so the constants are
+    replaced; everything that we call looks them up there.
+    """
+    home = tmp_path / "huggingface"
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_ASSETS_CACHE": str(home / "assets"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    huggingface_hub.close_session()
+    yield home
+    huggingface_hub.close_session()

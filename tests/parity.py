@@ -25,7 +25,7 @@ def weights_by_path(params):
     """The original's parameters under the paths of Keras's variables.
 
     Written out here, apart from the converters' table, so that the one
-    checks the other.
+    checks the other. Kernels are `(outputs, inputs)` in Keras.
     """
     params = jax.tree.map(np.asarray, params["params"])
     weights = {"token_embedding/embeddings": params["emb"]["embedding"]}
@@ -33,23 +33,22 @@ def weights_by_path(params):
         block = params[f"blocks_{i}"]
         value, gate = np.split(block["d1"]["w"], 2, axis=-1)
         value_bias, gate_bias = np.split(block["d1"]["b"][0, 0], 2)
+        attention = block["attn"]
         layer = {
             "attention_norm/scale": block["ln1"]["scale"],
-            "self_attention/query/kernel": block["attn"]["q_dense"]["w"],
-            "self_attention/key/kernel": block["attn"]["k_dense"]["w"],
-            "self_attention/value/kernel": block["attn"]["v_dense"]["w"],
-            "self_attention/attention_output/kernel": block["attn"]["d_out"][
-                "w"
-            ],
-            "self_attention/attention_output/bias": block["attn"]["d_out"]["b"][
+            "self_attention/query/kernel": attention["q_dense"]["w"].T,
+            "self_attention/key/kernel": attention["k_dense"]["w"].T,
+            "self_attention/value/kernel": attention["v_dense"]["w"].T,
+            "self_attention/attention_output/kernel": attention["d_out"]["w"].T,
+            "self_attention/attention_output/bias": attention["d_out"]["b"][
                 0, 0
             ],
             "feedforward_norm/scale": block["ln2"]["scale"],
-            "feedforward/intermediate/kernel": value,
+            "feedforward/intermediate/kernel": value.T,
             "feedforward/intermediate/bias": value_bias,
-            "feedforward/gate/kernel": gate,
+            "feedforward/gate/kernel": gate.T,
             "feedforward/gate/bias": gate_bias,
-            "feedforward/output/kernel": block["d2"]["w"],
+            "feedforward/output/kernel": block["d2"]["w"].T,
             "feedforward/output/bias": block["d2"]["b"][0, 0],
         }
         for path, weight in layer.items():

@@ -4,15 +4,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import converters
-from keras_bwetaf import cli, presets
+from keras_bwetaf import cli
+from keras_bwetaf.hub import FILES
 from keras_bwetaf.presets import from_preset
 from tests.original import manager, tokenizer
-from tests.presets_fixtures import hub, hub_client  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "the night sky"
@@ -54,7 +55,7 @@ def run(monkeypatch, capfd):
 
 
 def test_version(run):
-    assert run("--version") == (0, "0.1.0\n", "")
+    assert run("--version") == (0, version("keras-bwetaf") + "\n", "")
 
 
 def test_generate_prints_the_prompt_and_what_follows(run, folder):
@@ -119,8 +120,8 @@ def test_bad_usage(run, arguments, message):
 )
 def test_failures_are_one_line(
     run,
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     arguments,
     message,
 ):
@@ -160,7 +161,7 @@ def test_info(run, folder, layout, tmp_path):
     assert table["max_sequence_length"] == "64"
     count = from_preset(folder).backbone.count_params()
     assert table["parameters"] == f"{count:,}"
-    weights = presets.FILES[layout][0][1]
+    weights = FILES[layout][0][1]
     size = (target / weights).stat().st_size
     assert table[weights] == f"{size / 1000:.1f} kB"
     assert str(target) in output
@@ -169,8 +170,8 @@ def test_info(run, folder, layout, tmp_path):
 def test_info_downloads_no_weights(
     run,
     folder,
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
 ):
     status, output, _ = run("info", "97m")
     assert status == 0

@@ -6,8 +6,6 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfApi, constants, errors
 
-from tests.presets_fixtures import hub, hub_client  # noqa: F401
-
 REPO = "owner/name"
 
 
@@ -20,7 +18,7 @@ def folder(tmp_path):
     return folder
 
 
-def test_snapshot_equals_the_folder(hub, hub_client, folder):  # noqa: F811
+def test_snapshot_equals_the_folder(hub, hub_client, folder):
     commit = hub.add(REPO, folder)
 
     snapshot = Path(huggingface_hub.snapshot_download(REPO))
@@ -31,7 +29,7 @@ def test_snapshot_equals_the_folder(hub, hub_client, folder):  # noqa: F811
     assert hub.downloads() == {"good_stuff.pkl": 1, "tokenizer/yap.json": 1}
 
 
-def test_information_has_sizes_and_hashes(hub, hub_client, folder):  # noqa: F811
+def test_information_has_sizes_and_hashes(hub, hub_client, folder):
     commit = hub.add(REPO, folder)
 
     info = HfApi().model_info(REPO, files_metadata=True)
@@ -44,7 +42,7 @@ def test_information_has_sizes_and_hashes(hub, hub_client, folder):  # noqa: F81
     assert small.blob_id == hashlib.sha1(b"blob 2\0{}").hexdigest()
 
 
-def test_branches_are_commits(hub, hub_client, folder):  # noqa: F811
+def test_branches_are_commits(hub, hub_client, folder):
     first = hub.add(REPO, folder)
     (folder / "tokenizer" / "yap.json").write_text("[]")
     second = hub.add(REPO, folder, branch="next")
@@ -56,8 +54,8 @@ def test_branches_are_commits(hub, hub_client, folder):  # noqa: F811
 
 
 def test_dropped_connection_resumes(
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     folder,
     monkeypatch,
 ):
@@ -73,7 +71,7 @@ def test_dropped_connection_resumes(
     assert ranges == [None, "bytes=1000000-"]
 
 
-def test_truncated_and_corrupt_bodies(hub, hub_client, folder):  # noqa: F811
+def test_truncated_and_corrupt_bodies(hub, hub_client, folder):
     hub.add(REPO, folder)
     hub.truncated["good_stuff.pkl"] = 1000
     with pytest.raises(OSError, match="should be of size 3000000"):
@@ -88,7 +86,7 @@ def test_truncated_and_corrupt_bodies(hub, hub_client, folder):  # noqa: F811
     assert sum(a != b for a, b in zip(data, received, strict=True)) == 1
 
 
-def test_refusals(hub, hub_client, folder):  # noqa: F811
+def test_refusals(hub, hub_client, folder):
     hub.add(REPO, folder)
     with pytest.raises(errors.RepositoryNotFoundError):
         HfApi().model_info("owner/other")
@@ -108,7 +106,7 @@ def test_refusals(hub, hub_client, folder):  # noqa: F811
     HfApi(token="hf_right").model_info(REPO)
 
 
-def test_stopped_server_refuses_connections(hub, hub_client, folder):  # noqa: F811
+def test_stopped_server_refuses_connections(hub, hub_client, folder):
     hub.add(REPO, folder)
     HfApi().model_info(REPO)  # opens a connection that would be kept
 

@@ -19,13 +19,9 @@ import converters
 from converters.bwetaf_v3 import tensors
 from keras_bwetaf import presets
 from keras_bwetaf.presets import from_preset, list_presets
+from tests.hub_server import environment
 from tests.original import manager, tokenizer
 from tests.parity import weights_by_path
-from tests.presets_fixtures import (  # noqa: F401
-    environment,
-    hub,
-    hub_client,
-)
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "owner/tiny"
@@ -266,8 +262,8 @@ def test_folder_without_tokenizer(flax_folder):
 
 
 def test_flax_repository(
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     saved,
     no_sockets,
 ):
@@ -295,8 +291,8 @@ def test_flax_repository(
 @pytest.mark.parametrize("layout", ["canonical", "keras"])
 def test_other_repositories_load_from_the_hub_cache(
     layout,
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     saved,
     no_sockets,
     request,
@@ -317,7 +313,7 @@ def test_other_repositories_load_from_the_hub_cache(
     assert_same_weights(first, from_preset(HUB))
 
 
-def test_a_branch_stays_pinned(hub, hub_client, flax_folder):  # noqa: F811
+def test_a_branch_stays_pinned(hub, hub_client, flax_folder):
     hub.add(REPO, flax_folder)
     first = from_preset(HUB)
     manager("float32", seed=1, **TINY).save_model(
@@ -334,7 +330,7 @@ def test_a_branch_stays_pinned(hub, hub_client, flax_folder):  # noqa: F811
     assert_same_weights(first, from_preset(HUB))
 
 
-def test_offline(hub, hub_client, saved, monkeypatch):  # noqa: F811
+def test_offline(hub, hub_client, saved, monkeypatch):
     hub.add(REPO, saved[1])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="not in the cache.*OFFLINE"):
@@ -347,7 +343,7 @@ def test_offline(hub, hub_client, saved, monkeypatch):  # noqa: F811
     assert_original(from_preset(HUB), saved)
 
 
-def test_token(hub, hub_client, saved, monkeypatch):  # noqa: F811
+def test_token(hub, hub_client, saved, monkeypatch):
     hub.add(REPO, saved[1])
     hub.token = "hf_right"
     with pytest.raises(FileNotFoundError, match="private, log in with `hf au"):
@@ -361,7 +357,7 @@ def test_token(hub, hub_client, saved, monkeypatch):  # noqa: F811
     assert_original(from_preset(HUB), saved)
 
 
-def test_gated(hub, hub_client, saved):  # noqa: F811
+def test_gated(hub, hub_client, saved):
     hub.add(REPO, saved[1])
     hub.gated.add(REPO)
     with pytest.raises(PermissionError, match="gated.*`hf auth login` or set"):
@@ -370,8 +366,8 @@ def test_gated(hub, hub_client, saved):  # noqa: F811
 
 
 def test_unknown_repository_and_revision(
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     saved,
 ):
     hub.add(REPO, saved[1])
@@ -382,7 +378,7 @@ def test_unknown_repository_and_revision(
     assert_nothing_left(hub_client)
 
 
-def test_no_network(hub, hub_client, saved):  # noqa: F811
+def test_no_network(hub, hub_client, saved):
     hub.add(REPO, saved[1])
     hub.stop()
     with pytest.raises(ConnectionError, match="cannot be reached.*a folder"):
@@ -393,7 +389,7 @@ def test_no_network(hub, hub_client, saved):  # noqa: F811
 @pytest.mark.parametrize(
     "name", ["understanding_good_stuff.json", WEIGHTS, "tokenizer/yap.json"]
 )
-def test_missing_file(name, hub, hub_client, flax_folder):  # noqa: F811
+def test_missing_file(name, hub, hub_client, flax_folder):
     (flax_folder / name).unlink()
     hub.add(REPO, flax_folder)
     with pytest.raises(FileNotFoundError, match=f"Missing: {name}"):
@@ -402,7 +398,7 @@ def test_missing_file(name, hub, hub_client, flax_folder):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer/yap.json"])
-def test_corrupt_download(name, hub, hub_client, saved):  # noqa: F811
+def test_corrupt_download(name, hub, hub_client, saved):
     hub.add(REPO, saved[1])
     hub.corrupt.add(name)
     with pytest.raises(ValueError, match=f"{name}: the download is corrupt"):
@@ -413,7 +409,7 @@ def test_corrupt_download(name, hub, hub_client, saved):  # noqa: F811
     assert_original(from_preset(HUB), saved)
 
 
-def test_truncated_download(hub, hub_client, saved):  # noqa: F811
+def test_truncated_download(hub, hub_client, saved):
     hub.add(REPO, saved[1])
     hub.truncated[WEIGHTS] = 1000
     with pytest.raises(ConnectionError, match="incomplete.*but has size 1000"):
@@ -427,8 +423,8 @@ def test_truncated_download(hub, hub_client, saved):  # noqa: F811
 
 
 def test_truncated_in_the_repository(
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     flax_folder,
 ):
     weights = flax_folder / WEIGHTS
@@ -442,8 +438,8 @@ def test_truncated_in_the_repository(
 @pytest.mark.parametrize("layout", ["flax", "canonical"])
 def test_wrong_shape(
     layout,
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     request,
 ):
     folder = request.getfixturevalue(f"{layout}_folder")
@@ -460,8 +456,8 @@ def test_wrong_shape(
 
 
 def test_another_architecture_costs_no_download(
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     canonical_folder,
 ):
     path = canonical_folder / "config.json"
@@ -476,8 +472,8 @@ def test_another_architecture_costs_no_download(
 @pytest.mark.parametrize("name", ["HF_HUB_CACHE", "HF_ASSETS_CACHE"])
 def test_cache_that_cannot_be_written(
     name,
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     saved,
     tmp_path,
     monkeypatch,
@@ -490,8 +486,8 @@ def test_cache_that_cannot_be_written(
 
 
 def test_interrupted_conversion_leaves_nothing(
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     saved,
     monkeypatch,
 ):
@@ -531,7 +527,7 @@ def tiny_preset(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "tiny", preset)
 
 
-def test_name_without_weights(hub, hub_client, saved, tiny_preset):  # noqa: F811
+def test_name_without_weights(hub, hub_client, saved, tiny_preset):
     hub.add(REPO, saved[1])
 
     lm = from_preset("tiny", load_weights=False, dropout=0.25)
@@ -543,7 +539,7 @@ def test_name_without_weights(hub, hub_client, saved, tiny_preset):  # noqa: F81
     assert presets.cached_folder("tiny") is None
 
 
-def test_name_without_weights_or_network(hub, hub_client):  # noqa: F811
+def test_name_without_weights_or_network(hub, hub_client):
     hub.stop()
     with pytest.warns(UserWarning, match="cannot be reached") as caught:
         lm = from_preset("97m", load_weights=False)
@@ -582,7 +578,7 @@ print(lm.backbone.count_params(), digest.hexdigest(), peak / size)
 """
 
 
-def start(script, *arguments, hub, home):  # noqa: F811
+def start(script, *arguments, hub, home):
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         cwd=ROOT,
@@ -600,7 +596,7 @@ def finish(process):
 
 
 @pytest.mark.slow
-def test_two_processes_convert_once(hub, hub_client, saved):  # noqa: F811
+def test_two_processes_convert_once(hub, hub_client, saved):
     hub.add(REPO, saved[1])
     processes = [
         start(LOAD, HUB, "float32", saved[1], hub=hub, home=hub_client)
@@ -630,8 +626,8 @@ presets.preset_folder(sys.argv[1])
 
 @pytest.mark.slow
 def test_killed_conversion_leaves_no_half_cache(
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     saved,
 ):
     hub.add(REPO, saved[1])
@@ -651,18 +647,19 @@ def test_killed_conversion_leaves_no_half_cache(
 
 @pytest.mark.slow
 def test_the_published_model_end_to_end(
-    hub,  # noqa: F811
-    hub_client,  # noqa: F811
+    hub,
+    hub_client,
     saved,
     tmp_path,
 ):
     folder = tmp_path / "97m"
     model = save_original(folder, "bfloat16")
+    hub.add(REPO, saved[1])
     hub.add("WICKED4950/BwETAFv3-97M", folder)
     hub.dropped[WEIGHTS] = 65_000_000
 
     count, _, peak = finish(
-        start(LOAD, "97m", "float32", saved[1], hub=hub, home=hub_client)
+        start(LOAD, "97m", "float32", HUB, hub=hub, home=hub_client)
     )
 
     assert int(count) == 97_609_728
@@ -675,7 +672,7 @@ def test_the_published_model_end_to_end(
 
     hub.stop()
     count, digest, peak = finish(
-        start(LOAD, "97m", "bfloat16", saved[1], 1, hub=hub, home=hub_client)
+        start(LOAD, "97m", "bfloat16", HUB, 1, hub=hub, home=hub_client)
     )
 
     assert int(count) == 97_609_728

@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_bwetaf.layers import initializers
+from keras_bwetaf.layers.dense import dense
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -40,11 +40,12 @@ class FeedForward(keras.layers.Layer):
         self.built = True
 
     def _dense(self, name, units):
-        return keras.layers.Dense(
+        return dense(
+            name,
             units,
-            kernel_initializer=initializers.normal(self.initializer_range),
+            use_bias=True,
+            initializer_range=self.initializer_range,
             dtype=self.dtype_policy,
-            name=name,
         )
 
     def call(self, inputs):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import keras
 from keras import ops
 
-from keras_bwetaf.layers import initializers
+from keras_bwetaf.layers.dense import dense
 from keras_bwetaf.layers.rotary_embedding import RotaryEmbedding
 
 
@@ -88,24 +88,24 @@ class GroupedQueryAttention(keras.layers.Layer):
         self.attention_output = self._dense(
             "attention_output", hidden_dim, use_bias=True
         )
-        for dense in (
+        for projection in (
             self.query,
             self.key,
             self.value,
             self.attention_output,
         ):
-            dense.build(input_shape)
+            projection.build(input_shape)
         self.query_rotary = self._rotary("query_rotary", hidden_dim)
         self.key_rotary = self._rotary("key_rotary", key_value_dim)
         self.built = True
 
     def _dense(self, name, units, use_bias=False):
-        return keras.layers.Dense(
+        return dense(
+            name,
             units,
             use_bias=use_bias,
-            kernel_initializer=initializers.normal(self.initializer_range),
+            initializer_range=self.initializer_range,
             dtype=self.dtype_policy,
-            name=name,
         )
 
     def _rotary(self, name, width):

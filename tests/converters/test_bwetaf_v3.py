@@ -44,7 +44,6 @@ def test_views_cover_every_element_of_flax_once(changes):
         seen = trees.setdefault(row.flax, np.zeros(row.flax_shape, "int8"))
         canonical = view(row.kind.from_flax, seen)
         assert canonical.shape == row.shape
-        assert view(row.kind.to_keras, canonical).shape == row.keras_shape
         canonical += 1
     assert all((seen == 1).all() for seen in trees.values())
 
@@ -72,9 +71,8 @@ def test_names_are_unique_and_as_designed():
     assert gate.keras == "transformer_layer_7/feedforward/gate/kernel"
     assert gate.flax_shape == (768, 4608)
     assert gate.shape == (2304, 768)
-    assert gate.keras_shape == (768, 2304)
     key = rows["model.layers.0.self_attn.k_proj.weight"]
-    assert (key.shape, key.keras_shape) == ((384, 768), (768, 384))
+    assert key.shape == (384, 768)
     assert rows["model.embed_tokens.weight"].keras == (
         "token_embedding/embeddings"
     )

@@ -25,7 +25,7 @@ def random_weights(backbone, seed=0):
         if variable.name == "scale":
             values = 1 + 0.2 * values
         elif variable.name == "kernel":
-            values = 2 * values / np.sqrt(variable.shape[0])
+            values = 2 * values / np.sqrt(variable.shape[1])
         elif variable.name == "bias":
             values = 0.1 * values
         variable.assign(values)

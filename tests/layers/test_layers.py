@@ -197,10 +197,10 @@ def test_attention(key_value_heads):
     layer = attention_layer(num_key_value_heads=key_value_heads)
     layer.build(x.shape)
     params = params["params"]
-    layer.query.kernel.assign(params["q_dense"]["w"])
-    layer.key.kernel.assign(params["k_dense"]["w"])
-    layer.value.kernel.assign(params["v_dense"]["w"])
-    layer.attention_output.kernel.assign(params["d_out"]["w"])
+    layer.query.kernel.assign(params["q_dense"]["w"].T)
+    layer.key.kernel.assign(params["k_dense"]["w"].T)
+    layer.value.kernel.assign(params["v_dense"]["w"].T)
+    layer.attention_output.kernel.assign(params["d_out"]["w"].T)
     layer.attention_output.bias.assign(params["d_out"]["b"][0, 0])
     received = layer(x, padding_mask=np.ones((2, LENGTH), "int32"))
     assert relative_l2(received, expected) < 1e-5
@@ -251,7 +251,7 @@ def test_dropout_follows_attention_only(block_params):
     assign(layer, block_params, prefix="")
     attended = layer.attention(layer.attention_norm(x), padding_mask=mask)
     # With the feed-forward network silenced, what is left is x + dropout(a).
-    layer.feedforward.output_dense.kernel.assign(np.zeros((160, WIDTH)))
+    layer.feedforward.output_dense.kernel.assign(np.zeros((WIDTH, 160)))
     layer.feedforward.output_dense.bias.assign(np.zeros(WIDTH))
     change = np.asarray(layer(x, padding_mask=mask, training=True)) - x
     is_dropped = np.abs(change) < 1e-6
