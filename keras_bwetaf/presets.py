@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import jax
 from huggingface_hub import constants
 
 import converters
@@ -310,9 +311,10 @@ def _assign(backbone, folder):
         variable.value.delete()  # zeros, whose memory the weights can have
     for path, array in converters.keras_tensors(folder):
         variable = variables[path]
-        # A copy: JAX goes on using an array where it lies, and the file may
-        # change.
-        variable.assign(array.astype(variable.dtype))
+        # A copy, because JAX goes on using an array where it lies, and the
+        # file may change. Finished, so that copies don't pile up.
+        array = array.astype(variable.dtype)
+        variable.assign(jax.device_put(array).block_until_ready())
 
 
 def _load_keras(folder, dtype, load_weights, config):

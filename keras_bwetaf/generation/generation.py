@@ -15,6 +15,7 @@ class Request(NamedTuple):
 
     prompts: list  # of lists of token ids, none empty
     limits: list  # the most new tokens of each row
+    longest: int  # the most new tokens of any prompt with this request
     stop_token_ids: list
     settings: SamplingSettings | None  # `None`: the sampler is the user's own
 
@@ -27,6 +28,12 @@ def bucket(size, smallest=SMALLEST_BUCKET):
     while smallest < size:
         smallest *= 2
     return smallest
+
+
+def cache_bucket(size):
+    """Like `bucket`, with steps half as large: every step reads all slots."""
+    double = bucket(size)
+    return double * 3 // 4 if size <= double * 3 // 4 else double
 
 
 def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
@@ -42,7 +49,8 @@ def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
             prompt that leaves too little room.
 
     Returns:
-        Tuple of the prompts and the most new tokens of each.
+        Tuple of the prompts, the most new tokens of each, and the most that
+        any prompt could get, which does not depend on the prompts.
 
     Raises:
         ValueError: If an argument is out of range or a prompt too long.
@@ -71,7 +79,7 @@ def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
                 "`truncation='left'` to drop its oldest tokens."
             )
     limits = [max_new_tokens or max_length - len(row) for row in prompts]
-    return prompts, limits
+    return prompts, limits, max_new_tokens or max_length - 1
 
 
 def _check_length(name, value, smallest, largest):
@@ -98,7 +106,7 @@ def generate_tokens(decoder, request, tokens_per_dispatch, finished):
         list of lists of int, the tokens that each row has got since the last
         time, up to and including its stop token.
     """
-    prompts, limits, stop_token_ids, settings = request
+    prompts, limits, longest, stop_token_ids, settings = request
     num_rows = len(prompts)
     # Rows that fill up the bucket have no tokens to make.
     num_padding = bucket(num_rows, 1) - num_rows
@@ -115,7 +123,7 @@ def generate_tokens(decoder, request, tokens_per_dispatch, finished):
     num_stop_slots = bucket(len(stop_token_ids), 8)
 
     state = decoder.prefill(
-        bucket(token_ids.shape[1] + limits.max()),
+        cache_bucket(token_ids.shape[1] + longest),
         token_ids,
         {
             "prompt_lengths": lengths,

@@ -8,7 +8,8 @@ class TextStream:
 
     Nothing is shown that later tokens could change: an unfinished UTF-8
     character waits for its last byte, and text that may be the start of a
-    stop string waits until it is known.
+    stop string waits until it is known. Ids beyond the tokenizer's vocabulary,
+    which a model may have to spare, have no text.
 
     Args:
         tokenizer: `BwETAFTokenizer`.
@@ -39,8 +40,13 @@ class TextStream:
         """
         if self.stopped:
             return ""
+        vocabulary_size = self._tokenizer.vocabulary_size()
         new_bytes = self._tokenizer.token_bytes(
-            [i for i in token_ids if i not in self._stop_token_ids]
+            [
+                i
+                for i in token_ids
+                if i < vocabulary_size and i not in self._stop_token_ids
+            ]
         )
         text = self._held + self._decoder.decode(new_bytes, final)
         found = [text.find(stop) for stop in self._stop_strings]

@@ -406,7 +406,7 @@ class BwETAFCausalLM(CausalLM):
         context = self.backbone.max_sequence_length
         if max_length is None and max_new_tokens is None:
             max_length = min(self.preprocessor.sequence_length, context)
-        prompts, limits = fit_to_context(
+        prompts, limits, longest = fit_to_context(
             [list(prompt) for prompt in prompts],
             context=context,
             max_new_tokens=max_new_tokens,
@@ -416,6 +416,7 @@ class BwETAFCausalLM(CausalLM):
         return Request(
             prompts,
             limits,
+            longest,
             self._stop_token_ids(stop_token_ids),
             self._sampling_settings(sampling, seed, len(prompts)),
         )

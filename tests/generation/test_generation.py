@@ -11,6 +11,7 @@ import pytest
 
 from keras_bwetaf import BwETAFCausalLM
 from keras_bwetaf.generation.sampling import SamplingSettings
+from keras_bwetaf.generation.streaming import TextStream
 from tests import parity
 from tests.generation.conftest import CONTEXT, TEXTS
 
@@ -145,7 +146,8 @@ def test_second_call_compiles_nothing(fresh_lm):
     assert sizes == (1, 1)
     lm.generate("stars", max_new_tokens=20)
     lm.generate(PROMPT * 3, max_new_tokens=31, temperature=0.1, top_k=4)
-    lm.generate(PROMPT, max_length=60, top_p=1.0, seed=3, temperature=0)
+    lm.generate(PROMPT, max_length=33, top_p=1.0, seed=3, temperature=0)
+    lm.generate(PROMPT * 2, max_length=33)
     lm.generate(PROMPT, max_new_tokens=20, stop_token_ids=[1, 2, 3])
     lm.generate(PROMPT, max_new_tokens=20, stop_strings=["xyz"])
     list(lm.stream(PROMPT, max_new_tokens=20, min_p=0.1))
@@ -192,6 +194,15 @@ def test_end_token_stops_and_is_not_shown(lm):
     assert text == tokenizer.detokenize(made[: made.index(made[2])])
     assert going_on.startswith(text) and len(going_on) > len(text)
     assert tokenizer.end_token not in going_on
+
+
+def test_ids_beyond_the_vocabulary_have_no_text(lm):
+    tokenizer = lm.preprocessor.tokenizer
+    size = tokenizer.vocabulary_size()
+    stream = TextStream(tokenizer, [], [])
+    assert stream.push([size, 40, size + 5], final=True) == (
+        tokenizer.detokenize([40])
+    )
 
 
 def test_stop_strings(lm):
