@@ -13,7 +13,7 @@ import io
 import time
 from unittest import mock
 
-import jax  # noqa: I001  after keras_bwetaf, which sets up the environment
+import jax
 import keras_hub
 import numpy as np
 from rich.console import Console
