@@ -43,7 +43,7 @@ def main():
     )
     lm = keras_bwetaf.BwETAFCausalLM(backbone, preprocessor)
     lm.compile(optimizer=keras.optimizers.AdamW(2e-3))
-    lm.fit(RHYMES * STEPS, batch_size=len(RHYMES))
+    lm.fit(RHYMES * STEPS, batch_size=len(RHYMES), shuffle=False)
 
     with tempfile.TemporaryDirectory() as folder:
         lm.save_to_preset(folder)

@@ -65,6 +65,8 @@ def without_chatter():
 def import_keras_hub():
     """Imports KerasHub, and keeps the TensorFlow it brings off the GPU."""
     is_ours = "tensorflow" not in sys.modules
+    # TensorFlow only cuts texts into batches here, and complains of oneDNN.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with without_chatter():
         import keras_hub  # noqa: F401
 

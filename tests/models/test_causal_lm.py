@@ -1,4 +1,5 @@
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from keras_bwetaf import (
 )
 from tests import original, parity
 from tests.keras_hub_checks import KerasHubTestCase
-from tests.models.test_backbone import TINY
+from tests.models.test_backbone import OTHER, TINY
 
 TEXTS = ["the light of the day", "the night and the stars of the night"]
 LENGTH = 1024
@@ -187,3 +188,64 @@ def test_compiled_settings_survive_saving(tmp_path):
     again = keras.saving.load_model(tmp_path / "model.keras")
     assert again.sampler.get_config() == lm.sampler.get_config()
     assert float(again.optimizer.learning_rate) == 0.5
+
+
+def test_keras_hub_loads_what_we_save(tmp_path):
+    """`keras_hub.models.CausalLM.from_preset` finds our classes."""
+    tokenizer = train_tokenizer(TEXTS * 6, 300)
+    config = {**OTHER, "vocabulary_size": tokenizer.vocabulary_size()}
+    del config["dtype"], config["name"]
+    preprocessor = BwETAFCausalLMPreprocessor(tokenizer, sequence_length=8)
+    lm = BwETAFCausalLM(BwETAFBackbone(**config), preprocessor)
+    lm.save_to_preset(tmp_path)
+    again = keras_hub.models.CausalLM.from_preset(str(tmp_path))
+    assert type(again) is BwETAFCausalLM
+    for name, value in config.items():
+        assert getattr(again.backbone, name) == value, name
+    inputs = preprocessor(TEXTS)[0]
+    assert (np.asarray(again(inputs)) == np.asarray(lm(inputs))).all()
+    arguments = dict(max_new_tokens=10, temperature=0)
+    assert again.generate(TEXTS, **arguments) == lm.generate(TEXTS, **arguments)
+
+
+# Keras names every layer that has no weights to quantize.
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+def test_lora_and_quantization():
+    """Both change the layers; generation follows, compiled or not before."""
+    lm = BwETAFCausalLM(BwETAFBackbone(**TINY))
+    inputs = {
+        "token_ids": np.array([[1, 2, 3, 0, 0, 0, 0, 0]]),
+        "padding_mask": np.array([[1, 1, 1, 0, 0, 0, 0, 0]]),
+    }
+    arguments = dict(stop_token_ids=None, temperature=0)
+    before = lm.generate(inputs, **arguments)["token_ids"]
+
+    lm.backbone.enable_lora(2)
+    assert {v.path.rsplit("/", 2)[1] for v in lm.trainable_weights} == {
+        "query",
+        "value",
+    }
+    after = lm.generate(inputs, **arguments)["token_ids"]
+    np.testing.assert_array_equal(after, before)  # B starts from zero
+    x = np.array([[1, 2, 3, 4]])
+    lm.compile(optimizer="adam", loss=lm.loss, weighted_metrics=None)
+    lm.fit(
+        {"token_ids": x, "padding_mask": np.ones_like(x)},
+        x,
+        verbose=0,
+        shuffle=False,
+    )
+    lm.generate(inputs, **arguments)
+
+    lm = BwETAFCausalLM(BwETAFBackbone(**TINY))
+    logits = np.asarray(lm(inputs))
+    lm.generate(inputs, **arguments)
+    lm.quantize("int8")
+    assert lm.backbone.transformer_layers[0].attention.query.kernel.dtype == (
+        "int8"
+    )
+    quantized = np.asarray(lm(inputs))
+    assert 0 < parity.relative_l2(quantized, logits) < 0.05
+    made = lm.generate(inputs, **arguments)["token_ids"]
+    first = quantized[0, 2].argmax()
+    assert made[0, 3] == first

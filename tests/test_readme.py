@@ -1,0 +1,50 @@
+"""What the README says is there and works."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import keras_bwetaf
+from tests.generation.conftest import lm  # noqa: F401  a fixture
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_first_example_runs(lm, monkeypatch, capsys):  # noqa: F811
+    asked = []
+
+    def from_preset(preset):
+        asked.append(preset)
+        return lm
+
+    monkeypatch.setattr(keras_bwetaf, "from_preset", from_preset)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert asked == ["97m"] and "97m" in keras_bwetaf.list_presets()
+    assert capsys.readouterr().out.startswith("The night sky")
+    assert len(names["texts"]) == 2
+
+
+def test_files_of_the_tree_exist():
+    (tree,) = re.findall(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)
+    folders, checked = [], 0
+    for line in tree.splitlines():
+        if line.startswith(" " * 20):
+            continue  # a description that goes on
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.split(r"  +", line.strip())[0].split(", "):
+            path = ROOT.joinpath(*folders[:depth], name)
+            assert path.exists(), name
+            checked += 1
+        folders = [*folders[:depth], name]
+    assert checked > 15
+
+
+@pytest.mark.parametrize("name", ["main-job", "tests"])
+def test_commands_are_where_ci_looks_for_them(name):
+    pattern = rf"<!-- {name} -->\n```bash\n(.+)\n```"
+    (command,) = re.findall(pattern, README)
+    assert "pip" in command
