@@ -17,7 +17,6 @@ import jax
 import keras_hub
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 import keras_bwetaf
@@ -26,7 +25,7 @@ from keras_bwetaf.presets import PRESETS
 CARD = PRESETS["97m"]["config"]
 
 
-def ours(inputs, num_new, temperature):
+def ours(inputs, temperature):
     backbone = keras_bwetaf.BwETAFBackbone(**CARD)
     lm = keras_bwetaf.BwETAFCausalLM(backbone)
     return lambda: lm.generate(
@@ -34,7 +33,7 @@ def ours(inputs, num_new, temperature):
     )
 
 
-def llama(inputs, num_new, sampler):
+def llama(inputs, sampler):
     names = (
         "vocabulary_size",
         "num_layers",
@@ -109,19 +108,18 @@ def main():
 
     top_p = keras_hub.samplers.TopPSampler(p=0.92, temperature=0.8, seed=0)
     runs = {
-        "keras_bwetaf, greedy": ours(inputs, arguments.new, 0),
-        "keras_bwetaf, sampled": ours(inputs, arguments.new, 0.8),
-        "KerasHub Llama, greedy": llama(inputs, arguments.new, "greedy"),
-        "KerasHub Llama, sampled": llama(inputs, arguments.new, top_p),
+        "keras_bwetaf, greedy": ours(inputs, 0),
+        "keras_bwetaf, sampled": ours(inputs, 0.8),
+        "KerasHub Llama, greedy": llama(inputs, "greedy"),
+        "KerasHub Llama, sampled": llama(inputs, top_p),
         "BwETAF 0.6, sampled": original(inputs, arguments.new),
         "floor: reading the weights": floor(count, arguments.new),
     }
     seconds = {name: [] for name in runs}
     first = {}
     console = Console()
-    for round_ in track(
-        range(arguments.rounds + 1), "Rounds", console=console, transient=True
-    ):
+    for round_ in range(arguments.rounds + 1):
+        console.print(f"round {round_} of {arguments.rounds}")
         for name, run in runs.items():
             start = time.perf_counter()
             run()

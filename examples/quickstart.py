@@ -1,4 +1,4 @@
-"""Train, save, load and generate, offline, in about a minute on a laptop.
+"""Train, save, load and generate, offline, in half a minute on a laptop.
 
 A very small model learns four nursery rhymes by heart, is saved as a KerasHub
 preset, loaded again and asked to go on from the first words of each.

@@ -64,7 +64,8 @@ def without_chatter():
 
 def import_keras_hub():
     """Imports KerasHub, and keeps the TensorFlow it brings off the GPU."""
-    is_ours = "tensorflow" not in sys.modules
+    # Whoever imported TensorFlow without KerasHub has a use for it.
+    is_ours = "tensorflow" not in sys.modules or "keras_hub" in sys.modules
     # TensorFlow only cuts texts into batches here, and complains of oneDNN.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with without_chatter():
@@ -72,7 +73,8 @@ def import_keras_hub():
 
         tensorflow = sys.modules.get("tensorflow")
         if is_ours and tensorflow is not None:
-            tensorflow.config.set_visible_devices([], "GPU")
+            with contextlib.suppress(RuntimeError):  # It is in use already.
+                tensorflow.config.set_visible_devices([], "GPU")
 
 
 choose_backend()

@@ -32,7 +32,6 @@ class GenerationState(NamedTuple):
     num_tokens: jax.Array  # int32 (), how many of them are made
     done: jax.Array  # bool (batch,)
     seen: jax.Array  # bool (batch, vocabulary)
-    sampler_variables: list
 
 
 class Decoder:
@@ -46,6 +45,7 @@ class Decoder:
 
     def __init__(self, lm):
         self._lm = lm
+        self._sampler = lm.sampler
         self._prefill = jax.jit(self._prefill_step, static_argnums=1)
         self._decode = jax.jit(self._decode_steps, donate_argnums=1)
 
@@ -58,14 +58,22 @@ class Decoder:
                 the right.
             state: `dict` with the fields of `GenerationState` that the caller
                 decides: `prompt_lengths`, `limits` and `stop_token_ids`.
-            settings: `SamplingSettings`.
+            settings: `SamplingSettings`, or `None` for a sampler of the
+                user's own.
 
         Returns:
             `GenerationState`.
         """
-        return self._prefill(
-            self._values(), num_slots, token_ids, state, settings
+        state, random_state = self._prefill(
+            self._values(),
+            num_slots,
+            token_ids,
+            state,
+            settings,
+            self._random_state(),
         )
+        self._keep(random_state)
+        return state
 
     def decode(self, state, settings, num_steps):
         """Makes up to `num_steps` more tokens in one dispatch.
@@ -73,22 +81,25 @@ class Decoder:
         Args:
             state: `GenerationState`. Its memory is reused: don't read it
                 afterwards.
-            settings: `SamplingSettings`.
+            settings: As for `prefill`.
             num_steps: int.
 
         Returns:
             `GenerationState`.
         """
-        return self._decode(self._values(), state, settings, num_steps)
+        state, random_state = self._decode(
+            self._values(), state, settings, num_steps, self._random_state()
+        )
+        self._keep(random_state)
+        return state
 
-    def keep_sampler_state(self, state):
-        """Stores the random state of a sampler of the user's own.
+    def _random_state(self):
+        """Values of the variables of a sampler of the user's own."""
+        return [variable.value for variable in self._sampler.variables]
 
-        Args:
-            state: `GenerationState`, when generation is over.
-        """
+    def _keep(self, random_state):
         for variable, value in zip(
-            self._lm.sampler.variables, state.sampler_variables, strict=True
+            self._sampler.variables, random_state, strict=True
         ):
             variable.assign(value)
 
@@ -100,7 +111,9 @@ class Decoder:
             zip(self._lm.variables, values, strict=True)
         )
 
-    def _prefill_step(self, values, num_slots, token_ids, state, settings):
+    def _prefill_step(
+        self, values, num_slots, token_ids, state, settings, random_state
+    ):
         backbone = self._lm.backbone
         batch_size, prompt_slots = token_ids.shape
         lengths = state["prompt_lengths"]
@@ -135,18 +148,19 @@ class Decoder:
             num_tokens=jnp.int32(0),
             done=state["limits"] < 1,
             seen=seen.at[rows, token_ids].max(is_prompt),
-            sampler_variables=[v.value for v in self._lm.sampler.variables],
             **state,
         )
-        return self._add_token(state, logits, settings)
+        return self._add_token(state, logits, settings, random_state)
 
-    def _decode_steps(self, values, state, settings, num_steps):
+    def _decode_steps(self, values, state, settings, num_steps, random_state):
         last = state.num_tokens + num_steps
 
-        def more(state):
+        def more(loop):
+            state, _ = loop
             return (state.num_tokens < last) & ~jnp.all(state.done)
 
-        def step(state):
+        def step(loop):
+            state, random_state = loop
             newest = state.num_tokens - 1
             slot = state.prompt_slots + newest
             slots = jnp.arange(state.tokens.shape[1])
@@ -164,41 +178,39 @@ class Decoder:
                     attention_mask=(is_prompt | is_new)[:, None],
                 )
                 logits = self._lm.head(hidden_states)[:, 0]
-            return self._add_token(
-                state._replace(cache=cache), logits, settings
-            )
+            state = state._replace(cache=cache)
+            return self._add_token(state, logits, settings, random_state)
 
-        return jax.lax.while_loop(more, step, state)
+        return jax.lax.while_loop(more, step, (state, random_state))
 
-    def _add_token(self, state, logits, settings):
+    def _add_token(self, state, logits, settings, random_state):
         """Chooses a token for every row and appends it."""
-        token, sampler_variables = self._choose(state, logits, settings)
+        if settings is not None:
+            positions = state.prompt_lengths + state.num_tokens
+            token = sampling.next_token(logits, state.seen, positions, settings)
+        else:
+            token, random_state = self._ask_sampler(logits, random_state)
         num_tokens = state.num_tokens + 1
         is_stop = jnp.any(token[:, None] == state.stop_token_ids, axis=1)
         rows = jnp.arange(len(token))
-        return state._replace(
+        state = state._replace(
             tokens=jax.lax.dynamic_update_index_in_dim(
                 state.tokens, token, state.num_tokens, axis=1
             ),
             num_tokens=num_tokens,
             done=state.done | is_stop | (num_tokens >= state.limits),
             seen=state.seen.at[rows, token].set(True),
-            sampler_variables=sampler_variables,
         )
+        return state, random_state
 
-    def _choose(self, state, logits, settings):
-        sampler = self._lm.sampler
-        if settings is not None:
-            positions = state.prompt_lengths + state.num_tokens
-            token = sampling.next_token(logits, state.seen, positions, settings)
-            return token, state.sampler_variables
-
-        # A sampler of the user's own, with variables of its own.
+    def _ask_sampler(self, logits, random_state):
+        """The next tokens that a sampler of the user's own chooses."""
+        sampler = self._sampler
         scope = keras.StatelessScope(
-            zip(sampler.variables, state.sampler_variables, strict=True)
+            zip(sampler.variables, random_state, strict=True)
         )
         with scope:
             probabilities = sampler.compute_probabilities(logits)
             token = sampler.get_next_token(probabilities)
-        variables = [scope.get_current_value(v) for v in sampler.variables]
-        return token.astype("int32"), variables
+        random_state = [scope.get_current_value(v) for v in sampler.variables]
+        return token.astype("int32"), random_state

@@ -15,7 +15,7 @@ class Request(NamedTuple):
 
     prompts: list  # of lists of token ids, none empty
     limits: list  # the most new tokens of each row
-    longest: int  # the most new tokens of any prompt with this request
+    longest: int  # the most new tokens, whatever the prompts in their buckets
     stop_token_ids: list
     settings: SamplingSettings | None  # `None`: the sampler is the user's own
 
@@ -31,9 +31,9 @@ def bucket(size, smallest=SMALLEST_BUCKET):
 
 
 def cache_bucket(size):
-    """Like `bucket`, with steps half as large: every step reads all slots."""
-    double = bucket(size)
-    return double * 3 // 4 if size <= double * 3 // 4 else double
+    """Like `bucket` with steps an eighth as large: decoding reads all slots."""
+    step = bucket(size) // 8
+    return -(-size // step) * step
 
 
 def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
@@ -49,8 +49,8 @@ def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
             prompt that leaves too little room.
 
     Returns:
-        Tuple of the prompts, the most new tokens of each, and the most that
-        any prompt could get, which does not depend on the prompts.
+        Tuple of the prompts, the most new tokens of each, and the most of any
+        batch whose prompts are in the same buckets.
 
     Raises:
         ValueError: If an argument is out of range or a prompt too long.
@@ -79,12 +79,19 @@ def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
                 "`truncation='left'` to drop its oldest tokens."
             )
     limits = [max_new_tokens or max_length - len(row) for row in prompts]
-    return prompts, limits, max_new_tokens or max_length - 1
+    shortest = min(map(len, prompts))
+    shortest = bucket(shortest) // 2 if shortest > SMALLEST_BUCKET else 1
+    return prompts, limits, max_new_tokens or max_length - shortest
+
+
+def is_int(value):
+    """Whether a value is an int, of Python or NumPy, and no bool."""
+    is_bool = isinstance(value, (bool, np.bool))
+    return isinstance(value, (int, np.integer)) and not is_bool
 
 
 def _check_length(name, value, smallest, largest):
-    is_int = isinstance(value, (int, np.integer))
-    if not is_int or not smallest <= value <= largest:
+    if not is_int(value) or not smallest <= value <= largest:
         raise ValueError(
             f"`{name}` must be an int from {smallest} to {largest}, as the "
             f"model's context allows. Received: {name}={value!r}"
@@ -136,27 +143,24 @@ def generate_tokens(decoder, request, tokens_per_dispatch, finished):
         settings,
     )
     num_shown = 0
-    try:
-        while True:
-            num_tokens = int(state.num_tokens)
-            tokens = np.asarray(state.tokens)[:num_rows, num_shown:num_tokens]
-            fresh = []
-            for i, row in enumerate(tokens.tolist()):
-                row = [] if finished[i] else row[: limits[i] - num_shown]
-                for end, token in enumerate(row, start=1):
-                    if token in stop_token_ids:
-                        row = row[:end]
-                        finished[i] = True
-                        break
-                fresh.append(row)
-            num_shown = num_tokens
-            finished |= limits[:num_rows] <= num_shown
-            yield fresh
-            if finished.all():
-                return
-            done = np.pad(finished, (0, num_padding), constant_values=True)
-            state = decoder.decode(
-                state._replace(done=done), settings, tokens_per_dispatch
-            )
-    finally:
-        decoder.keep_sampler_state(state)
+    while True:
+        num_tokens = int(state.num_tokens)
+        tokens = np.asarray(state.tokens)[:num_rows, num_shown:num_tokens]
+        fresh = []
+        for i, row in enumerate(tokens.tolist()):
+            row = [] if finished[i] else row[: limits[i] - num_shown]
+            for end, token in enumerate(row, start=1):
+                if token in stop_token_ids:
+                    row = row[:end]
+                    finished[i] = True
+                    break
+            fresh.append(row)
+        num_shown = num_tokens
+        finished |= limits[:num_rows] <= num_shown
+        yield fresh
+        if finished.all():
+            return
+        done = np.pad(finished, (0, num_padding), constant_values=True)
+        state = decoder.decode(
+            state._replace(done=done), settings, tokens_per_dispatch
+        )

@@ -61,19 +61,19 @@ class BwETAFSampler(keras_hub.samplers.Sampler):
         repetition_penalty=1.0,
         seed=None,
     ):
-        _check("temperature", temperature, temperature >= 0, "at least 0")
+        _check("temperature", temperature, lambda x: x >= 0, "at least 0")
         _check(
             "top_k",
             top_k,
-            top_k >= 0 and int(top_k) == top_k,
+            lambda x: x >= 0 and int(x) == x,
             "an int, at least 0",
         )
-        _check("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
-        _check("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1")
+        _check("top_p", top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
+        _check("min_p", min_p, lambda x: 0 <= x <= 1, "between 0 and 1")
         _check(
             "repetition_penalty",
             repetition_penalty,
-            repetition_penalty > 0,
+            lambda x: x > 0,
             "above 0",
         )
         super().__init__(temperature=temperature)
@@ -95,9 +95,9 @@ class BwETAFSampler(keras_hub.samplers.Sampler):
 
 
 def _check(name, value, is_valid, expected):
-    if not is_valid:
+    if not isinstance(value, (int, float, np.number)) or not is_valid(value):
         raise ValueError(
-            f"`{name}` must be {expected}. Received: {name}={value}"
+            f"`{name}` must be {expected}. Received: {name}={value!r}"
         )
 
 
@@ -191,8 +191,8 @@ def next_token(logits, seen, positions, settings):
         return jnp.argmax(logits, axis=-1)
 
     def sample():
-        scaled = logits / settings.temperature
-        weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+        below_best = logits - jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(below_best / settings.temperature)
         kept = filter_weights(weights, settings)
 
         def draw(seed, position, row):

@@ -13,7 +13,8 @@ class TextStream:
 
     Args:
         tokenizer: `BwETAFTokenizer`.
-        stop_strings: list of str. The text ends before the first of them.
+        stop_strings: list of str. The text ends before the one that is
+            complete first.
         stop_token_ids: list of int. Tokens that are not part of the text.
 
     Attributes:
@@ -49,11 +50,12 @@ class TextStream:
             ]
         )
         text = self._held + self._decoder.decode(new_bytes, final)
-        found = [text.find(stop) for stop in self._stop_strings]
-        found = [index for index in found if index >= 0]
+        found = [(text.find(stop), stop) for stop in self._stop_strings]
+        found = [(i + len(stop), i) for i, stop in found if i >= 0]
         if found:
             self.stopped = True
-            return text[: min(found)]
+            _, start = min(found)  # the one that is complete first
+            return text[:start]
         num_held = 0 if final else self._overlap_with_stop(text)
         shown = len(text) - num_held
         self._held = text[shown:]

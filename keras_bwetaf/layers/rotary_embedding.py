@@ -22,7 +22,11 @@ def inverse_frequencies(width, max_wavelength):
         float32 numpy array `(width // 2,)`.
     """
     num_pairs = width // 2
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names accelerators only.
+        host = None
+    with jax.default_device(host):
         exponents = -jnp.arange(num_pairs, dtype="float32") / num_pairs
         return np.asarray(max_wavelength**exponents)
 

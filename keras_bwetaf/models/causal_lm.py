@@ -8,6 +8,7 @@ from keras_bwetaf.generation.generation import (
     Request,
     fit_to_context,
     generate_tokens,
+    is_int,
 )
 from keras_bwetaf.generation.sampling import (
     BwETAFSampler,
@@ -91,8 +92,11 @@ class BwETAFCausalLM(CausalLM):
         Raises:
             ValueError: If the sampler is one that this model can't use.
         """
-        if sampler == "auto":
+        if isinstance(sampler, str) and sampler == "auto":
             sampler = BwETAFSampler()
+        sampler = keras_hub.samplers.get(sampler)
+        if not isinstance(sampler, BwETAFSampler):
+            sampler = from_keras_hub(sampler)
         super().compile(
             optimizer=optimizer,
             loss=loss,
@@ -100,8 +104,6 @@ class BwETAFCausalLM(CausalLM):
             sampler=sampler,
             **kwargs,
         )
-        if not isinstance(self.sampler, BwETAFSampler):
-            self.sampler = from_keras_hub(self.sampler)
 
     def get_compile_config(self):
         config = super().get_compile_config()
@@ -111,7 +113,7 @@ class BwETAFCausalLM(CausalLM):
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built:
+        if self.built and self.optimizer:
             self.optimizer.build(self.trainable_variables)
 
     def head(self, hidden_states):
@@ -173,7 +175,7 @@ class BwETAFCausalLM(CausalLM):
         return x, updated
 
     def make_generate_function(self):
-        """The compiled functions of generation, made on first use."""
+        """The `Decoder`, whose compiled functions are made on first use."""
         if self.generate_function is None:
             self.generate_function = Decoder(self)
         return self.generate_function
@@ -209,7 +211,8 @@ class BwETAFCausalLM(CausalLM):
             stop_strings: str or list of str. A continuation ends before the
                 first of them.
             truncation: `"left"` drops the oldest tokens of prompts that are
-                too long; `None` raises an error.
+                too long for the model to see (a returned text still starts
+                with its whole prompt); `None` raises an error.
             seed: int, or list with one int for each prompt. A prompt with
                 the same seed continues in the same way, alone or in a batch.
                 Defaults to the sampler's.
@@ -358,8 +361,8 @@ class BwETAFCausalLM(CausalLM):
                 "`stop_token_ids`."
             )
         prompts, width = _as_prompts(inputs)
-        if options["max_new_tokens"] is None:
-            options["max_length"] = options["max_length"] or width
+        if options["max_new_tokens"] is None and options["max_length"] is None:
+            options = {**options, "max_length": width}
         request = self._request(prompts, **options)
         rows = [
             [] if strip_prompt else list(prompt) for prompt in request.prompts
@@ -392,11 +395,18 @@ class BwETAFCausalLM(CausalLM):
         sampling,
     ):
         """Checks what was asked for and puts it in the form of a `Request`."""
+        vocabulary_size = self.backbone.vocabulary_size
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ValueError(
                     f"Prompt {i} has no tokens. The model has no start "
                     "token, so it needs at least one to continue from."
+                )
+            if min(prompt) < 0 or max(prompt) >= vocabulary_size:
+                raise ValueError(
+                    f"Prompt {i} has token ids beyond the model's vocabulary "
+                    f"of {vocabulary_size}. Use the tokenizer that belongs "
+                    f"to the model. Received: {min(prompt)} to {max(prompt)}"
                 )
         if max_length is not None and max_new_tokens is not None:
             raise ValueError(
@@ -434,15 +444,14 @@ class BwETAFCausalLM(CausalLM):
                 )
             return [self.preprocessor.tokenizer.end_token_id]
         vocabulary_size = self.backbone.vocabulary_size
-        stop_token_ids = [int(i) for i in np.ravel(stop_token_ids)]
-        for token_id in stop_token_ids:
-            if not 0 <= token_id < vocabulary_size:
-                raise ValueError(
-                    "`stop_token_ids` must be ids of the vocabulary of "
-                    f"{vocabulary_size} tokens. Received: "
-                    f"stop_token_ids={stop_token_ids}"
-                )
-        return stop_token_ids
+        ids = list(np.ravel(stop_token_ids))
+        if not all(is_int(i) and 0 <= i < vocabulary_size for i in ids):
+            raise ValueError(
+                "`stop_token_ids` must be a list of ids out of the "
+                f"vocabulary of {vocabulary_size} tokens. Received: "
+                f"stop_token_ids={stop_token_ids!r}"
+            )
+        return [int(i) for i in ids]
 
     def _sampling_settings(self, sampling, seed, num_rows):
         sampler = self.sampler
@@ -467,7 +476,7 @@ class BwETAFCausalLM(CausalLM):
 
 
 def _check_positive_int(name, value):
-    if not isinstance(value, (int, np.integer)) or value < 1:
+    if not is_int(value) or value < 1:
         raise ValueError(
             f"`{name}` must be a positive int. Received: {name}={value!r}"
         )
@@ -477,38 +486,43 @@ def _seeds(seed, num_rows):
     """One seed for each row."""
     if seed is None:
         return np.random.randint(2**32, size=num_rows, dtype="uint32")
-    seeds = np.broadcast_to(seed, num_rows) if np.ndim(seed) == 0 else seed
+    seeds = [seed] * num_rows if np.ndim(seed) == 0 else list(seed)
     if len(seeds) != num_rows:
         raise ValueError(
             f"`seed` must be an int or hold one for each of the {num_rows} "
             f"prompts. Received: seed={seed}"
         )
-    for value in seeds:
-        if not 0 <= value < 2**32 or int(value) != value:
-            raise ValueError(
-                "`seed` must be an int from 0 to 2**32 - 1. Received: "
-                f"seed={seed}"
-            )
+    if not all(is_int(value) and 0 <= value < 2**32 for value in seeds):
+        raise ValueError(
+            "`seed` must be an int from 0 to 2**32 - 1. Received: "
+            f"seed={seed!r}"
+        )
     return seeds
 
 
 def _concatenate(batches):
     """Joins the outputs of several batches, lists of str or dicts."""
     batches = list(batches)
-    if batches and isinstance(batches[0], dict):
-        return {
-            name: np.concatenate([batch[name] for batch in batches])
-            for name in batches[0]
-        }
-    return [text for batch in batches for text in batch]
+    if not batches or isinstance(batches[0], list):
+        return [text for batch in batches for text in batch]
+    width = max(batch["token_ids"].shape[1] for batch in batches)
+    return {
+        name: np.concatenate(
+            [
+                np.pad(batch[name], ((0, 0), (0, width - batch[name].shape[1])))
+                for batch in batches
+            ]
+        )
+        for name in batches[0]
+    }
 
 
 def _as_texts(inputs):
     """A batch of prompts as a list of str."""
-    if isinstance(inputs, np.ndarray):
+    if hasattr(inputs, "__array__"):
         inputs = [
             text.decode() if isinstance(text, bytes) else text
-            for text in inputs.tolist()
+            for text in np.ravel(inputs).tolist()
         ]
     if not isinstance(inputs, (list, tuple)) or not inputs:
         raise ValueError(
@@ -529,12 +543,13 @@ def _as_stop_strings(stop_strings):
         return []
     if isinstance(stop_strings, str):
         stop_strings = [stop_strings]
-    for stop in stop_strings:
-        if not isinstance(stop, str) or not stop:
-            raise ValueError(
-                "`stop_strings` must be a str or a list of str, none empty. "
-                f"Received: stop_strings={stop_strings!r}"
-            )
+    if not isinstance(stop_strings, (list, tuple)) or not all(
+        isinstance(stop, str) and stop for stop in stop_strings
+    ):
+        raise ValueError(
+            "`stop_strings` must be a str or a list of str, none empty. "
+            f"Received: stop_strings={stop_strings!r}"
+        )
     return list(stop_strings)
 
 

@@ -5,11 +5,17 @@ import re
 
 import jax
 import jax.numpy as jnp
+import keras
 import keras_hub
 import numpy as np
 import pytest
 
 from keras_bwetaf import BwETAFCausalLM
+from keras_bwetaf.generation.generation import (
+    bucket,
+    cache_bucket,
+    fit_to_context,
+)
 from keras_bwetaf.generation.sampling import SamplingSettings
 from keras_bwetaf.generation.streaming import TextStream
 from tests import parity
@@ -226,6 +232,35 @@ def test_stop_strings(lm):
     )
 
 
+@pytest.mark.parametrize("tokens_per_push", [1, 2, 5, 100])
+def test_stop_strings_do_not_depend_on_the_pieces(lm, tokens_per_push):
+    """One stop string may hold another: the first to be complete counts."""
+    tokenizer = lm.preprocessor.tokenizer
+    ids = [tokenizer.tokenize(c)[0] for c in "the abcd xyz"]
+    stream = TextStream(tokenizer, ["abcd", "bc"], [])
+    text = "".join(
+        stream.push(ids[i : i + tokens_per_push])
+        for i in range(0, len(ids), tokens_per_push)
+    )
+    assert text == "the a" and stream.stopped
+
+
+def test_cache_is_no_larger_than_needed():
+    def slots(prompt, **arguments):
+        arguments = {"max_new_tokens": None, "max_length": None, **arguments}
+        _, _, longest = fit_to_context(
+            [[1] * prompt], context=2048, truncation=None, **arguments
+        )
+        return cache_bucket(bucket(prompt) + longest)
+
+    assert slots(32, max_new_tokens=256) == 320
+    assert slots(2, max_length=2048) == 2560
+    assert slots(1100, max_length=2048) == 3072
+    # Any prompt of the same bucket needs the same size.
+    assert slots(2, max_length=2048) == slots(64, max_length=2048)
+    assert slots(1025, max_length=2048) == slots(2047, max_length=2048)
+
+
 def test_lengths(lm):
     tokenizer = lm.preprocessor.tokenizer
     prompt = tokenizer(PROMPT)
@@ -276,12 +311,38 @@ def test_token_ids_without_a_preprocessor(lm):
     assert (num_new == 40 - inputs["padding_mask"].sum(axis=1)).all()
 
 
+def test_datasets_of_token_ids(lm):
+    """Batches of different widths are padded to the widest."""
+    import tensorflow as tf
+
+    bare = BwETAFCausalLM(lm.backbone)
+
+    def rows():
+        for width, length in ((8, 2), (16, 9)):
+            ids = np.full((1, width), 7, "int32")
+            mask = (np.arange(width) < length).astype("int32")[None]
+            yield {"token_ids": ids, "padding_mask": mask}
+
+    spec = tf.TensorSpec((1, None), "int32")
+    dataset = tf.data.Dataset.from_generator(
+        rows, output_signature={"token_ids": spec, "padding_mask": spec}
+    )
+    arguments = dict(stop_token_ids=None, temperature=0)
+    made = bare.generate(dataset, **arguments)
+    assert made["padding_mask"].sum(axis=1).tolist() == [8, 16]
+    made = bare.generate(dataset, max_new_tokens=9, **arguments)
+    assert made["padding_mask"].sum(axis=1).tolist() == [11, 18]
+
+
 def test_tf_dataset(lm):
     import tensorflow as tf
 
     dataset = tf.data.Dataset.from_tensor_slices(PROMPTS).batch(2)
     arguments = dict(max_new_tokens=10, temperature=0)
     assert lm.generate(dataset, **arguments) == lm.generate(
+        PROMPTS, **arguments
+    )
+    assert lm.generate(tf.constant(PROMPTS), **arguments) == lm.generate(
         PROMPTS, **arguments
     )
 
@@ -314,31 +375,57 @@ def test_sampler_of_keras_hub(fresh_lm):
 
 
 def test_sampler_of_the_user(fresh_lm):
-    class SecondBest(keras_hub.samplers.Sampler):
+    """Its random state goes on from call to call, and can be set back."""
+
+    class Sharpened(keras_hub.samplers.Sampler):
         def __init__(self):
-            super().__init__()
-            self.generator = keras_hub.samplers.RandomSampler(seed=1)
-            self.seed_generator = self.generator.seed_generator
+            super().__init__(temperature=10.0)
+            self.generator = keras.random.SeedGenerator(1)
 
         def get_next_token(self, probabilities):
-            draw = self.generator.get_next_token(probabilities)
-            order = jnp.argsort(probabilities, axis=-1)
-            return jnp.where(draw >= 0, order[:, -2], draw)
+            logits = 1.5 * keras.ops.log(probabilities)
+            token = keras.random.categorical(logits, 1, seed=self.generator)
+            return token[:, 0]
 
     lm = fresh_lm
-    lm.compile(sampler=SecondBest())
-    state = lm.sampler.variables[0].numpy()
-    text = lm.generate(PROMPT, max_new_tokens=5, strip_prompt=True)
-    assert (lm.sampler.variables[0].numpy() != state).any()
-    row = lm.preprocessor.tokenizer(PROMPT)
-    expected = []
-    for _ in range(5):
-        second = int(np.argsort(full_logits(lm, row)[0, -1])[-2])
-        row = [*row, second]
-        expected.append(second)
-    assert text == lm.preprocessor.tokenizer.detokenize(expected)
+    sampler = Sharpened()
+    lm.compile(sampler=sampler)
+    arguments = dict(max_new_tokens=20, strip_prompt=True)
+    start = sampler.generator.state.numpy()
+    texts = [lm.generate(PROMPT, **arguments) for _ in range(3)]
+    assert len(set(texts)) == 3
+    sampler.generator.state.assign(start)
+    assert "".join(lm.stream(PROMPT, max_new_tokens=20)) == texts[0]
+    assert lm.generate(PROMPT, **arguments) == texts[1]
+    assert lm.generate_function._decode._cache_size() == 1
     with pytest.raises(ValueError, match="settings can't be changed in a"):
         lm.generate(PROMPT, max_new_tokens=5, temperature=0.5)
+
+
+def test_interrupt_leaves_the_sampler_usable(fresh_lm, monkeypatch):
+    lm = fresh_lm
+    sampler = keras_hub.samplers.RandomSampler(seed=1)
+    # A subclass is called, and not replaced by our own.
+    lm.compile(sampler=type("Own", (type(sampler),), {})(seed=1))
+    decoder = lm.make_generate_function()
+    decode = decoder._decode
+
+    def interrupted(*arguments):
+        decode(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decoder, "_decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lm.generate(PROMPT, max_new_tokens=20)
+    monkeypatch.undo()
+    assert lm.generate(PROMPT, max_new_tokens=20).startswith(PROMPT)
+
+
+def test_refused_sampler_changes_nothing(fresh_lm):
+    before = fresh_lm.sampler
+    with pytest.raises(ValueError, match="must choose one token from its"):
+        fresh_lm.compile(sampler="beam")
+    assert fresh_lm.sampler is before
 
 
 def test_weights_are_no_constants_of_the_programs(fresh_lm):
@@ -364,7 +451,7 @@ def test_decode_step_copies_no_cache(fresh_lm):
     values = decoder._values()
     settings = SamplingSettings.of(lm.sampler, [0])
     state = jax.eval_shape(
-        lambda values, *rest: decoder._prefill_step(values, 256, *rest),
+        lambda values, *rest: decoder._prefill_step(values, 256, *rest, [])[0],
         values,
         jax.ShapeDtypeStruct((1, 64), "int32"),
         {
@@ -375,7 +462,7 @@ def test_decode_step_copies_no_cache(fresh_lm):
         settings,
     )
     program = jax.jit(decoder._decode_steps, donate_argnums=1).lower(
-        values, state, settings, 8
+        values, state, settings, 8, []
     )
     text = program.compile().as_text()
     shape = "f32[2,256,8]"  # The keys of the first layer.
@@ -412,10 +499,16 @@ def test_decode_step_copies_no_cache(fresh_lm):
         ("a", {"max_length": 9, "max_new_tokens": 9}, "not both"),
         ("stars " * 9, {"max_length": 4}, "no room for a new token in a max"),
         ("a", {"truncation": "right"}, "`truncation` must be one of"),
+        ("a", {"max_new_tokens": True}, "an int from 1 to 255.*=True"),
+        ("a", {"seed": "3"}, "`seed` must be an int from 0.*'3'"),
+        ("a", {"temperature": None}, "`temperature` must be at.*=None"),
+        ("a", {"stop_token_ids": "foo"}, "must be a list of ids out of"),
+        ("a", {"stop_token_ids": [1.7]}, "must be a list of ids out of"),
+        ("a", {"stop_strings": 3}, "`stop_strings` must be a str or a list"),
         ("a", {"seed": -1}, "`seed` must be an int from 0"),
         ("a", {"seed": [1, 2]}, "hold one for each of the 1 prompts"),
         ("a", {"temperature": -1}, "`temperature` must be at least 0"),
-        ("a", {"stop_token_ids": [100000]}, "must be ids of the vocabulary"),
+        ("a", {"stop_token_ids": [100000]}, "must be a list of ids out of"),
         ("a", {"stop_strings": ""}, "`stop_strings` must be a str or a list"),
         ("a", {"stop_strings": [3]}, "`stop_strings` must be a str or a"),
     ],
@@ -447,6 +540,9 @@ def test_wrong_input_to_stream(lm):
         (([1, 2], [1, 1]), {}, "must have the same shape"),
         (([[1, 2]], [[1]]), {}, "must have the same shape"),
         (([[0, 1]], [[0, 1]]), {}, "pad on the right"),
+        (([[999, 0]], [[1, 0]]), {}, "beyond the model's vocabulary.*999"),
+        (([[-7, 0]], [[1, 0]]), {}, "beyond the model's vocabulary.*-7"),
+        (([[1, 0]], [[1, 0]]), {"max_length": 0}, "from 2 to 256.*=0"),
         (([[1, 0]], [[1, 0]]), {"stop_strings": "a"}, "needs a tokenizer"),
         (([[1, 0]], [[1, 0]]), {"stop_token_ids": "auto"}, "Pass a list of"),
     ],

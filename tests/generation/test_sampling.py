@@ -99,6 +99,17 @@ def test_samples_follow_the_probabilities():
     )
 
 
+def test_a_tiny_temperature_is_greedy():
+    logits = jnp.asarray(np.log(random_weights()))
+    tokens = next_token(
+        logits,
+        logits > 1,
+        jnp.zeros(8, "int32"),
+        settings(seeds=np.arange(8), temperature=1e-37),
+    )
+    np.testing.assert_array_equal(tokens, jnp.argmax(logits, axis=-1))
+
+
 def test_repetition_penalty():
     logits = jnp.array([[2.0, 1.5, -1.0, -1.5]])
     seen = jnp.array([[True, False, False, True]])
