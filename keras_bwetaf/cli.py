@@ -75,7 +75,7 @@ def generate(
     ] = None,
     min_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     repetition_penalty: Annotated[float | None, typer.Option(min=0)] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1)] = None,
     dtype: Annotated[DType | None, typer.Option()] = None,
     revision: Revision = None,
 ):
@@ -98,6 +98,10 @@ def generate(
 
     import keras_bwetaf
 
+    try:
+        keras_bwetaf.BwETAFSampler(**settings)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     lm = keras_bwetaf.from_preset(preset, dtype=dtype, revision=revision)
     pieces = lm.stream(prompt, max_new_tokens=max_new_tokens, **settings)
     print(prompt, end="", flush=True)

@@ -2,45 +2,58 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import shutil
 from pathlib import Path
 from urllib.parse import quote
 
+import h5py
 import huggingface_hub
+import tokenizers
 from filelock import FileLock
 from huggingface_hub import constants, errors
 
 import converters
+from converters.canonical import FLAX_CONFIG, FLAX_WEIGHTS
+from converters.companions import FLAX_TOKENIZER, FLAX_TOKENIZER_CONFIG
 from converters.files import new_file
+from converters.safetensors_format import FILE_NAME
 
+# The file of `tokenizers`, by format.
+TOKENIZERS = {
+    "safetensors": "tokenizer.json",
+    "flax": FLAX_TOKENIZER,
+    "keras": "assets/tokenizer/tokenizer.json",
+}
 # Which files of a repository are needed, and which are welcome, by format.
 # The optimizer's state, larger than the weights, is among neither.
 FILES = {
     "safetensors": (
-        ["config.json", "model.safetensors", "tokenizer.json"],
+        ["config.json", FILE_NAME, TOKENIZERS["safetensors"]],
         ["tokenizer_config.json", "generation_config.json"],
     ),
     "flax": (
-        [
-            "understanding_good_stuff.json",
-            "good_stuff.pkl",
-            "tokenizer/yap.json",
-        ],
-        ["tokenizer/understanding_yap.json"],
+        [FLAX_CONFIG, FLAX_WEIGHTS, TOKENIZERS["flax"]],
+        [FLAX_TOKENIZER_CONFIG],
     ),
     "keras": (
-        ["config.json", "model.weights.h5", "tokenizer.json"],
         [
-            "task.json",
-            "task.weights.h5",
-            "preprocessor.json",
-            "metadata.json",
-            "assets/tokenizer/tokenizer.json",
+            "config.json",
+            "model.weights.h5",
+            "tokenizer.json",
+            TOKENIZERS["keras"],
         ],
+        ["task.json", "task.weights.h5", "preprocessor.json", "metadata.json"],
     ),
 }
 WEIGHTS = (".pkl", ".safetensors", ".h5")
+# What a full disk, or a folder that is not the user's, answers.
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -75,7 +88,19 @@ def cached(repo, revision):
         return None
     commit = pin.read_text()
     converted = _assets(repo) / commit
-    return converted if converted.is_dir() else _snapshot(repo, commit)
+    if converted.is_dir():
+        return converted
+    snapshot = _snapshot(repo, commit)
+    return snapshot if snapshot and _is_ready(snapshot) else None
+
+
+def _is_ready(snapshot):
+    """Whether a folder of the Hub's cache loads as it is."""
+    return any(
+        all((snapshot / name).is_file() for name in needed)
+        for layout, (needed, _) in FILES.items()
+        if layout != "flax"  # needs a conversion
+    )
 
 
 def _snapshot(repo, revision):
@@ -169,9 +194,9 @@ def _choose(files, weights):
 def _download(repo, commit, files, names, check):
     """Downloads and checks files, and converts them if need be.
 
-    What turns out to be damaged is removed, so that the next attempt
-    downloads it again.
+    What turns out to be no model is removed, unless the user had it before.
     """
+    cached_before = (_hub_folder(repo) / "snapshots" / commit).exists()
     weights = [name for name in names if name.endswith(WEIGHTS)]
     small = [name for name in names if name not in weights]
     try:
@@ -185,6 +210,7 @@ def _download(repo, commit, files, names, check):
             for name in batch:
                 _check_digest(folder / name, files[name])
             check(folder)
+            _check_content(folder, batch)
         layout = converters.detect_format(folder)
         if weights and layout == "safetensors":
             converters.keras_tensors(folder)
@@ -196,12 +222,35 @@ def _download(repo, commit, files, names, check):
             return target
         return folder
     except ValueError:
-        _forget(repo, commit)
+        if not cached_before:
+            _forget(repo, commit)
         raise
 
 
+def _check_content(folder, names):
+    """Opens the files that are loaded as they are."""
+    tokenizer = TOKENIZERS[converters.detect_format(folder)]
+    for name in names:
+        try:
+            if name == tokenizer:
+                content = (folder / name).read_bytes()
+                tokenizers.Tokenizer.from_buffer(content)
+            elif name.endswith(".h5"):
+                h5py.File(folder / name).close()
+        except (OSError, ValueError) as error:
+            kind = "tokenizer" if name == tokenizer else "HDF5"
+            raise ValueError(
+                f"{name}: expected a {kind} file. Received: {error}. The "
+                "repository's owner has to upload it again, or pass another "
+                "revision."
+            ) from error
+
+
 def _check_digest(path, file):
-    """Compares a file with what the Hub says of it, if it was asked."""
+    """Compares a file with what the Hub says of it, if it was asked.
+
+    A file that differs is removed: the next attempt downloads it again.
+    """
     if file is None:
         return
     with path.open("rb") as content:
@@ -214,6 +263,8 @@ def _check_digest(path, file):
             header = b"blob %d\0" % len(data)
             received = hashlib.sha1(header + data).hexdigest()
     if received != expected:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
         raise ValueError(
             f"{file.rfilename}: the download is corrupt and was removed. "
             f"Expected: digest {expected}. Received: {received}. Try again."
@@ -228,10 +279,15 @@ def _forget(repo, commit):
     cache.delete_revisions(commit).execute()
 
 
+def _hub_folder(repo):
+    """Where the Hub's cache keeps a repository."""
+    return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+
+
 def _lock(repo):
     """One process at a time downloads and converts a repository."""
-    name = f"models--{repo.replace('/', '--')}"
-    folder = Path(constants.HF_HUB_CACHE, ".locks", name)
+    hub_folder = _hub_folder(repo)
+    folder = hub_folder.parent / ".locks" / hub_folder.name
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "keras-bwetaf.lock")
 
@@ -287,14 +343,14 @@ def _explain(error, repo, revision):
             "a folder that holds the model. Once downloaded, a model loads "
             "without the network."
         )
-    if error.errno is not None:
+    if error.errno in DISK_ERRORS:
         return OSError(
             error.errno,
             f"{error.strerror}. Cannot write the cache. Free space, or set "
             "HF_HOME to a folder that can be written",
             error.filename,
         )
-    first_line = str(error).splitlines()[0]
+    reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
     return ConnectionError(
-        f"{where}: the download is incomplete. {first_line} Try again."
+        f"{where}: the download is incomplete. {reason}. Try again."
     )

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 import converters
 from converters.bwetaf_v3 import tensors
 from converters.canonical import FLAX_CONFIG
+from converters.companions import FLAX_TOKENIZER_CONFIG
 from converters.files import read_json
 from keras_bwetaf import hub
 
@@ -42,7 +43,18 @@ PRESETS = {
     },
 }
 
-TOKENIZERS = {"safetensors": "tokenizer.json", "flax": "tokenizer/yap.json"}
+# Where a tokenizer's settings are, and what they call its special tokens.
+TOKENIZER_SETTINGS = {
+    "safetensors": (
+        "tokenizer_config.json",
+        {"end_token": "eos_token", "unk_token": "unk_token"},
+    ),
+    "flax": (
+        FLAX_TOKENIZER_CONFIG,
+        {"end_token": "eos_token", "unk_token": "uk_token"},
+    ),
+}
+KERAS_BACKBONE = "keras_bwetaf>BwETAFBackbone"
 HUB_PREFIX = "hf://"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -79,7 +91,7 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
             a folder. A repository or folder is in the original's Flax
             format, holds safetensors, or was saved by `save_to_preset()`.
         dtype: str or `keras.DTypePolicy`. Dtype of computation and weights.
-            Defaults to the global policy.
+            Defaults to the global policy; quantized weights keep theirs.
         load_weights: bool. `False` starts from random weights and downloads
             none. A preset with a name then works without the network, too:
             it has no preprocessor if its tokenizer cannot be had.
@@ -108,35 +120,34 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
     lm.generate("The night sky", max_new_tokens=64)
     ```
     """
+    from keras_bwetaf.models.causal_lm import BwETAFCausalLM
+
     _check_keywords(config)
     known = PRESETS.get(preset) if isinstance(preset, str) else None
     try:
         folder = preset_folder(preset, revision, weights=load_weights)
-    except (OSError, ValueError) as error:
+    except ConnectionError as error:
         if load_weights or not known:
             raise
         _warn_of_no_tokenizer(preset, error)
-        return _build({**known["config"], **config}, dtype, tokenizer=None)
+        backbone = _canonical_backbone({**known["config"], **config}, dtype)
+        return BwETAFCausalLM(backbone, preprocessor=None)
     layout = converters.detect_format(folder)
+    saved = backbone_config(folder)
     if layout == "keras":
-        return _load_keras(folder, dtype, load_weights, config)
-    with contextlib.ExitStack() as stack:
-        if layout == "flax" and load_weights:
-            # A folder of the user's may change at any time: converted for
-            # this load only, it is left alone and nothing goes stale.
-            temporary = stack.enter_context(tempfile.TemporaryDirectory())
-            converters.flax_to_safetensors(folder, f"{temporary}/model")
-            folder, layout = Path(temporary, "model"), "safetensors"
-        if known and not load_weights:
-            config = {**known["config"], **config}
-        else:
-            config = {**backbone_config(folder), **config}
-        tokenizer = folder / TOKENIZERS[layout]
-        if not tokenizer.is_file():
-            _warn_of_no_tokenizer(preset, f"There is no {TOKENIZERS[layout]}.")
-            tokenizer = None
-        weights = folder if load_weights else None
-        return _build(config, dtype, tokenizer, weights)
+        backbone = _keras_backbone(folder, saved, config, dtype, load_weights)
+    elif not load_weights:
+        base = known["config"] if known else saved
+        backbone = _canonical_backbone({**base, **config}, dtype)
+    else:
+        with _canonical(folder, layout) as weights:
+            backbone = _canonical_backbone({**saved, **config}, dtype, weights)
+    preprocessor = None
+    if (folder / hub.TOKENIZERS[layout]).is_file():
+        preprocessor = _preprocessor(folder, layout, backbone)
+    else:
+        _warn_of_no_tokenizer(preset, f"There is no {hub.TOKENIZERS[layout]}.")
+    return BwETAFCausalLM(backbone, preprocessor)
 
 
 def preset_folder(preset, revision=None, weights=True):
@@ -190,7 +201,7 @@ def backbone_config(folder):
     """
     layout = converters.detect_format(folder)
     if layout == "keras":
-        return read_json(folder / "config.json")["config"]
+        return _keras_config(folder / "config.json")
     if layout == "flax":
         path = folder / FLAX_CONFIG
         config = converters.config_from_flax(read_json(path), source=path)
@@ -199,8 +210,27 @@ def backbone_config(folder):
     return converters.config_to_keras(config)
 
 
+def _keras_config(path):
+    """The configuration of a backbone that KerasHub saved."""
+    saved = read_json(path)
+    name, config = saved["registered_name"], saved.get("config")
+    if name != KERAS_BACKBONE or not isinstance(config, dict):
+        raise ValueError(
+            f"{path}: expected the registered_name {KERAS_BACKBONE!r} and a "
+            f"config. Received: registered_name={name!r}, config of type "
+            f"{type(config).__name__}. Pass a BwETAF model."
+        )
+    return config
+
+
 def _repository(preset, revision):
     """Splits a preset into `(repository, revision)`; None for a folder."""
+    if not isinstance(preset, (str, os.PathLike)):
+        raise ValueError(
+            f"A preset is a str or a path: one of {list(PRESETS)}, "
+            "'hf://owner/repo' or a folder. Received: "
+            f"preset={preset!r} of type {type(preset).__name__}"
+        )
     if isinstance(preset, str) and preset in PRESETS:
         known = PRESETS[preset]
         return known["repo"], revision or known["revision"]
@@ -248,34 +278,96 @@ def _warn_of_no_tokenizer(preset, reason):
     )
 
 
-def _build(config, dtype, tokenizer, weights=None):
-    """A model, its weights from a canonical folder or random.
+@contextlib.contextmanager
+def _canonical(folder, layout):
+    """A canonical folder with the weights of a folder."""
+    if layout == "safetensors":
+        yield folder
+        return
+    # A folder of the user's may change at any time: converted for this load
+    # only, it is left alone and nothing goes stale.
+    with tempfile.TemporaryDirectory() as temporary:
+        converters.flax_to_safetensors(folder, f"{temporary}/model")
+        yield Path(temporary, "model")
+
+
+def _canonical_backbone(config, dtype, weights=None):
+    """A backbone, its weights from a canonical folder or random.
 
     Args:
         config: dict. The backbone's arguments.
         dtype: str, `keras.DTypePolicy` or None.
-        tokenizer: path or None.
         weights: path of a canonical folder or None.
     """
     from keras_bwetaf.layers.initializers import skip_initialization
     from keras_bwetaf.models.backbone import BwETAFBackbone
-    from keras_bwetaf.models.causal_lm import BwETAFCausalLM
-    from keras_bwetaf.models.causal_lm_preprocessor import (
-        BwETAFCausalLMPreprocessor,
-    )
-    from keras_bwetaf.models.tokenizer import BwETAFTokenizer
 
     with skip_initialization() if weights else contextlib.nullcontext():
         backbone = BwETAFBackbone(**config, dtype=dtype)
     if weights:
         _assign(backbone, weights)
-    preprocessor = None
-    if tokenizer:
-        preprocessor = BwETAFCausalLMPreprocessor(
-            BwETAFTokenizer(str(tokenizer)),
-            sequence_length=backbone.max_sequence_length,
+    return backbone
+
+
+def _keras_backbone(folder, saved, config, dtype, load_weights):
+    """A backbone that `save_to_preset` saved.
+
+    Args:
+        folder: path.
+        saved: dict. Its `backbone_config`.
+        config: dict. Changes to it.
+        dtype: str, `keras.DTypePolicy` or None.
+        load_weights: bool.
+    """
+    from keras_bwetaf.layers.initializers import skip_initialization
+    from keras_bwetaf.models.backbone import BwETAFBackbone
+
+    own_dtypes = _own_dtypes(saved)
+    if load_weights:
+        if own_dtypes and dtype is not None:
+            raise ValueError(
+                "The weights are quantized and keep their dtypes. Leave out "
+                "`dtype`, or pass load_weights=False. Received: "
+                f"dtype={dtype!r}"
+            )
+        _check_fit(_shapes(saved), _shapes({**saved, **config}))
+    with skip_initialization() if load_weights else contextlib.nullcontext():
+        return BwETAFBackbone.from_preset(
+            str(folder),
+            load_weights=load_weights,
+            dtype=own_dtypes if dtype is None else dtype,
+            **config,
         )
-    return BwETAFCausalLM(backbone, preprocessor)
+
+
+def _own_dtypes(config):
+    """The dtypes of a quantized model; None if it is all of one float."""
+    dtype = config.get("dtype")
+    if isinstance(dtype, dict) and dtype.get("class_name") != "DTypePolicy":
+        return dtype
+    return None
+
+
+def _preprocessor(folder, layout, backbone):
+    """The preprocessor of a folder that has a tokenizer."""
+    from keras_bwetaf.models.causal_lm_preprocessor import (
+        BwETAFCausalLMPreprocessor,
+    )
+    from keras_bwetaf.models.tokenizer import BwETAFTokenizer
+
+    if layout == "keras":
+        return BwETAFCausalLMPreprocessor.from_preset(str(folder))
+    name, keys = TOKENIZER_SETTINGS[layout]
+    settings = read_json(folder / name) if (folder / name).is_file() else {}
+    special = {
+        argument: settings[key]
+        for argument, key in keys.items()
+        if isinstance(settings.get(key), str)
+    }
+    return BwETAFCausalLMPreprocessor(
+        BwETAFTokenizer(str(folder / hub.TOKENIZERS[layout]), **special),
+        sequence_length=backbone.max_sequence_length,
+    )
 
 
 def _shapes(config):
@@ -315,24 +407,3 @@ def _assign(backbone, folder):
         # file may change. Finished, so that copies don't pile up.
         array = array.astype(variable.dtype)
         variable.assign(jax.device_put(array).block_until_ready())
-
-
-def _load_keras(folder, dtype, load_weights, config):
-    """A model that `save_to_preset` saved."""
-    from keras_bwetaf.layers.initializers import skip_initialization
-    from keras_bwetaf.models.backbone import BwETAFBackbone
-    from keras_bwetaf.models.causal_lm import BwETAFCausalLM
-    from keras_bwetaf.models.causal_lm_preprocessor import (
-        BwETAFCausalLMPreprocessor,
-    )
-
-    if load_weights and config:
-        saved = backbone_config(folder)
-        _check_fit(_shapes(saved), _shapes({**saved, **config}))
-    keywords = {"load_weights": load_weights, "dtype": dtype}
-    with skip_initialization() if load_weights else contextlib.nullcontext():
-        if not config:
-            return BwETAFCausalLM.from_preset(str(folder), **keywords)
-        backbone = BwETAFBackbone.from_preset(str(folder), **keywords, **config)
-    preprocessor = BwETAFCausalLMPreprocessor.from_preset(str(folder))
-    return BwETAFCausalLM(backbone, preprocessor)

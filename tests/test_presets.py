@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -17,6 +19,7 @@ from huggingface_hub import constants
 
 import converters
 from converters.bwetaf_v3 import tensors
+from keras_bwetaf import hub as hub_module
 from keras_bwetaf import presets
 from keras_bwetaf.presets import from_preset, list_presets
 from tests.hub_server import environment
@@ -153,6 +156,8 @@ def test_presets_describe_themselves():
         ("98m", None, r"Unknown preset.*'97m'.*Received: preset='98m'"),
         (Path("nowhere"), None, "Unknown preset.*'nowhere'"),
         ("hf://tiny", None, "hf://owner/repo. Received: preset='hf://tiny'"),
+        (None, None, "is a str or a path.*Received: preset=None of type None"),
+        (3, None, "is a str or a path.*Received: preset=3 of type int"),
         (".", "main", "a folder has none. Received: preset='.', revision='m"),
     ],
 )
@@ -253,9 +258,76 @@ def test_weights_are_copies(canonical_folder):
 
 def test_folder_without_tokenizer(flax_folder):
     shutil.rmtree(flax_folder / "tokenizer")
-    with pytest.warns(UserWarning, match="no preprocessor.*tokenizer.json"):
+    with pytest.warns(UserWarning, match="no prep.*no tokenizer/yap.json"):
         lm = from_preset(flax_folder)
     assert lm.preprocessor is None
+
+
+@pytest.mark.parametrize("overrides", [{}, {"dropout": 0.25}])
+@pytest.mark.parametrize("part", ["backbone", "model"])
+def test_keras_preset_without_tokenizer(part, overrides, saved, tmp_path):
+    lm = from_preset(saved[1])
+    lm.preprocessor = None
+    whole = lm if part == "model" else lm.backbone
+    whole.save_to_preset(str(tmp_path / "keras"))
+
+    with pytest.warns(UserWarning, match="no assets/tokenizer/tokenizer.json"):
+        loaded = from_preset(tmp_path / "keras", **overrides)
+
+    assert loaded.preprocessor is None
+    assert loaded.backbone.dropout == overrides.get("dropout", 0.05)
+    assert_same_weights(loaded, lm)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"dropout": 0.25}])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"registered_name": "keras_hub>LlamaBackbone"},
+            "expected.*'keras_bwetaf>BwETAFBackbone'.*'keras_hub>LlamaBackb",
+        ),
+        ({"config": None}, "and a config.*config of type NoneType"),
+    ],
+)
+def test_keras_preset_of_another_class(
+    changes, message, overrides, keras_folder
+):
+    path = keras_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=message):
+        from_preset(keras_folder, **overrides)
+
+
+def test_quantized_preset(saved, tmp_path):
+    lm = from_preset(saved[1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*`quantize` method")
+        lm.backbone.quantize("int8")
+    lm.save_to_preset(str(tmp_path / "keras"))
+
+    loaded = from_preset(tmp_path / "keras", dropout=0.25)
+
+    assert loaded.backbone.dropout == 0.25
+    assert "int8" in {weight.dtype for weight in loaded.backbone.weights}
+    assert_same_weights(loaded, lm)
+    with pytest.raises(ValueError, match="quantized.*dtype='bfloat16'"):
+        from_preset(tmp_path / "keras", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("load_weights", [True, False])
+@pytest.mark.parametrize("layout", ["flax", "canonical"])
+def test_special_tokens_of_the_settings(layout, load_weights, request):
+    folder = request.getfixturevalue(f"{layout}_folder")
+    for path in folder.rglob("*.json"):
+        text = path.read_text()
+        text = text.replace("<|EOS|>", "</s>").replace("<|UK|>", "<unk>")
+        path.write_text(text)
+
+    lm = from_preset(folder, load_weights=load_weights)
+
+    assert lm.preprocessor.tokenizer.end_token == "</s>"
+    assert lm.preprocessor.tokenizer.unk_token == "<unk>"
 
 
 # === The Hub ===
@@ -328,6 +400,30 @@ def test_a_branch_stays_pinned(hub, hub_client, flax_folder):
     shutil.rmtree(presets.cached_folder(HUB))
     shutil.rmtree(hub_client / "hub")
     assert_same_weights(first, from_preset(HUB))
+
+
+def test_a_pinned_snapshot_without_weights(hub, hub_client, canonical_folder):
+    hub.add(REPO, canonical_folder)
+    first = from_preset(HUB)
+    shutil.rmtree(hub_client / "hub")
+
+    folder = presets.preset_folder(HUB, weights=False)
+
+    assert (folder / "config.json").is_file()
+    assert presets.cached_folder(HUB) is None
+    assert_same_weights(first, from_preset(HUB))
+
+
+def test_a_pinned_snapshot_is_converted_again(hub, hub_client, saved):
+    hub.add(REPO, saved[1])
+    from_preset(HUB)
+    converted = presets.cached_folder(HUB)
+    shutil.rmtree(converted)
+
+    assert presets.cached_folder(HUB) is None
+    assert_original(from_preset(HUB), saved)
+    assert presets.cached_folder(HUB) == converted
+    assert hub.downloads()[WEIGHTS] == 1
 
 
 def test_offline(hub, hub_client, saved, monkeypatch):
@@ -469,6 +565,75 @@ def test_another_architecture_costs_no_download(
     assert_nothing_left(hub_client)
 
 
+def test_what_was_in_the_cache_stays(hub, hub_client, canonical_folder):
+    path = canonical_folder / "config.json"
+    path.write_text(path.read_text().replace('"bwetaf"', '"llama"'))
+    hub.add(REPO, canonical_folder)
+    snapshot = Path(huggingface_hub.snapshot_download(REPO))
+    before = listing(snapshot)
+
+    with pytest.raises(ValueError, match="model_type='llama'"):
+        from_preset(HUB)
+
+    assert listing(snapshot) == before
+
+
+def test_corrupt_file_in_the_cache(hub, hub_client, saved):
+    hub.add(REPO, saved[1])
+    hub.corrupt.add(WEIGHTS)
+    snapshot = Path(huggingface_hub.snapshot_download(REPO))
+    hub.corrupt.clear()
+
+    with pytest.raises(ValueError, match="corrupt and was removed"):
+        from_preset(HUB)
+
+    assert (snapshot / "make_stuff_better.pkl").is_file()
+    assert not (snapshot / WEIGHTS).exists()
+    assert_original(from_preset(HUB), saved)
+
+
+@pytest.mark.parametrize(
+    "layout, name, kind",
+    [
+        ("keras", "model.weights.h5", "HDF5"),
+        ("keras", "assets/tokenizer/tokenizer.json", "tokenizer"),
+        ("canonical", "tokenizer.json", "tokenizer"),
+        ("flax", "tokenizer/yap.json", "tokenizer"),
+    ],
+)
+def test_damaged_in_the_repository(
+    layout, name, kind, hub, hub_client, request
+):
+    folder = request.getfixturevalue(f"{layout}_folder")
+    path = folder / name
+    content = path.read_bytes()
+    path.write_bytes(b"{}" if kind == "tokenizer" else content[:-1000])
+    hub.add(REPO, folder)
+    with pytest.raises(ValueError, match=f"{name}: expected a {kind} file"):
+        from_preset(HUB)
+    assert presets.cached_folder(HUB) is None
+    assert_nothing_left(hub_client)
+
+
+@pytest.mark.parametrize(
+    "error, kind, message",
+    [
+        (OSError(errno.ENOSPC, "No space"), OSError, "No space. Cannot write"),
+        (OSError(errno.EROFS, "Read-only"), OSError, "only. Cannot write"),
+        (ConnectionResetError(errno.ECONNRESET, "x"), ConnectionError, "incom"),
+        (OSError(errno.ENETUNREACH, "x"), ConnectionError, "incomplete"),
+        (OSError(), ConnectionError, "incomplete. OSError. Try again"),
+    ],
+)
+def test_errors_on_the_way(error, kind, message):
+    with pytest.raises(OSError, match=message) as caught:
+        with hub_module._clear_errors(REPO, "main"):
+            raise error
+    assert isinstance(caught.value, ConnectionError) == (
+        kind is ConnectionError
+    )
+
+
 @pytest.mark.parametrize("name", ["HF_HUB_CACHE", "HF_ASSETS_CACHE"])
 def test_cache_that_cannot_be_written(
     name,
@@ -547,6 +712,18 @@ def test_name_without_weights_or_network(hub, hub_client):
     assert lm.preprocessor is None
     assert lm.backbone.count_params() == 97_609_728
     assert_nothing_left(hub_client)
+
+
+def test_only_the_network_may_be_missing(hub, hub_client, saved, tiny_preset):
+    hub.add(REPO, saved[1])
+    with pytest.raises(FileNotFoundError, match="no such revision"):
+        from_preset("tiny", load_weights=False, revision="nope")
+    hub.corrupt.add("tokenizer/yap.json")
+    with pytest.raises(ValueError, match="corrupt"):
+        from_preset("tiny", load_weights=False)
+    hub.gated.add(REPO)
+    with pytest.raises(PermissionError, match="gated"):
+        from_preset("tiny", load_weights=False)
 
 
 # === Processes ===

@@ -98,6 +98,7 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
                 "Token ids are integers: pass an integer `dtype`, such as "
                 f'"int32". Received: dtype={dtype}'
             )
+        self.built = True
         self.file_assets = [TOKENIZER_FILE]
         self.start_token = None
         self.start_token_id = None

@@ -255,7 +255,10 @@ def test_lora_and_quantization():
     lm = BwETAFCausalLM(BwETAFBackbone(**config))
     logits = np.asarray(lm(inputs))
     lm.generate(inputs, **arguments)
+    tokenizer = train_tokenizer(TEXTS * 6, 300)
+    lm.preprocessor = BwETAFCausalLMPreprocessor(tokenizer)
     lm.quantize("int8")
+    lm.preprocessor = None
     assert lm.backbone.transformer_layers[0].attention.query.kernel.dtype == (
         "int8"
     )
