@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 
 import keras_bwetaf
-from tests.generation.conftest import lm  # noqa: F401  a fixture
+from tests.generation.conftest import small_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_first_example_runs(lm, monkeypatch, capsys):  # noqa: F811
+def test_first_example_runs(monkeypatch, capsys):
     asked = []
 
     def from_preset(preset):
         asked.append(preset)
-        return lm
+        return small_lm()
 
     monkeypatch.setattr(keras_bwetaf, "from_preset", from_preset)
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -31,8 +31,7 @@ def random_weights(backbone, seed=0):
         variable.assign(values)
 
 
-@pytest.fixture(scope="module")
-def lm():
+def small_lm():
     """A small model with random weights and a tokenizer of its own."""
     tokenizer = train_tokenizer(TEXTS, 400)
     backbone = BwETAFBackbone(
@@ -54,6 +53,11 @@ def lm():
     embeddings[tokenizer.end_token_id] = 0
     backbone.token_embedding.embeddings.assign(embeddings)
     return lm
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return small_lm()
 
 
 @pytest.fixture
