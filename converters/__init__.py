@@ -1,7 +1,8 @@
 """Checkpoint formats of BwETAF models, and the lossless ways between them.
 
-Flax (the original's folder) <-> safetensors (the canonical folder) -> Keras
-variables. Needs neither Keras nor JAX.
+Flax (the original's folder), safetensors (the canonical folder), Keras (a
+KerasHub preset) and PyTorch (a `transformers` folder). Needs neither Keras
+nor JAX nor PyTorch.
 """
 
 from converters.bwetaf_v3_config import (
@@ -11,20 +12,11 @@ from converters.bwetaf_v3_config import (
     config_to_flax,
     config_to_keras,
 )
-from converters.canonical import (
-    detect_format,
-    flax_to_safetensors,
-    keras_tensors,
-    read_config,
-    safetensors_to_flax,
-)
+from converters.conversion import convert, write_checkpoint
 from converters.errors import CheckpointError
-from converters.flax_format import read_flax, write_flax
-from converters.safetensors_format import (
-    read_safetensors,
-    read_safetensors_folder,
-    write_safetensors,
-)
+from converters.formats import detect_format, read_checkpoint
+from converters.inspection import inspect
+from converters.verification import verify
 
 __all__ = [
     "CheckpointError",
@@ -33,14 +25,10 @@ __all__ = [
     "config_from_keras",
     "config_to_flax",
     "config_to_keras",
+    "convert",
     "detect_format",
-    "flax_to_safetensors",
-    "keras_tensors",
-    "read_config",
-    "read_flax",
-    "read_safetensors",
-    "read_safetensors_folder",
-    "safetensors_to_flax",
-    "write_flax",
-    "write_safetensors",
+    "inspect",
+    "read_checkpoint",
+    "verify",
+    "write_checkpoint",
 ]

@@ -1,6 +1,6 @@
 """The configuration of version 3: one table of names for every direction."""
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,13 +36,14 @@ def _is_size(value):
 
 
 def _is_number(value):
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    # Unlike math.isfinite, the comparison takes integers of any size.
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
 
 
 SIZE = "an integer from 1 to 2**24", _is_size
 LAYERS = (
-    "an integer from 1 to 4096",
-    lambda value: _is_size(value) and value <= 4096,
+    "an integer from 1 to 1024",
+    lambda value: _is_size(value) and value <= 1024,
 )
 HEADS = (
     "an integer from 1 to 2**24, or a list of one for each layer",
@@ -70,16 +71,16 @@ ANGLE = (
 # the original where nothing is said.
 FIELDS = (
     Field("vocab_size", "vocab_size", "vocabulary_size", *SIZE),
-    Field("hidden_size", "attention_dim", "hidden_dim", *SIZE),
     Field("num_hidden_layers", "num_blocks", "num_layers", *LAYERS),
     Field("num_attention_heads", "num_heads", "num_query_heads", *HEADS),
     Field("num_key_value_heads", None, "num_key_value_heads", *HEADS),
+    Field("hidden_size", "attention_dim", "hidden_dim", *SIZE),
     Field("intermediate_size", "ff_dim", "intermediate_dim", *SIZE),
     Field("max_position_embeddings", "max_len", "max_sequence_length", *SIZE),
     Field("hidden_dropout", "dropout_rate", "dropout", *RATE),
-    Field("rms_norm_eps", None, "layer_norm_epsilon", *POSITIVE, 1e-8),
     Field("rope_theta", None, "rope_max_wavelength", *POSITIVE, 10000.0),
     Field("rope_dtype", None, "rope_dtype", *ANGLE, None),
+    Field("rms_norm_eps", None, "layer_norm_epsilon", *POSITIVE, 1e-8),
     Field(
         "initializer_range",
         "param_init_rage",
@@ -142,7 +143,7 @@ def config_from_flax(
     _check_heads(values, FLAX_NAMES | {"num_key_value_heads": REPEATS}, source)
     for field in FIELDS:
         values.setdefault(field.name, field.original)
-    return _canonical(values, dtype, eos_token_id)
+    return canonical_config(values, dtype=dtype, eos_token_id=eos_token_id)
 
 
 def config_to_flax(config, *, source="config"):
@@ -202,7 +203,7 @@ def config_from_keras(
     """
     values = _read(keras, KERAS_NAMES, source)
     _check_heads(values, KERAS_NAMES, source)
-    return _canonical(values, dtype, eos_token_id)
+    return canonical_config(values, dtype=dtype, eos_token_id=eos_token_id)
 
 
 def config_to_keras(config, *, source="config"):
@@ -240,6 +241,29 @@ def check_config(config, *, source="config"):
         if config.get(name) != expected
     ]
     refuse(source, problems)
+
+
+def check_equal(config, written, *, source="config"):
+    """Checks that what is written still means the same model.
+
+    Args:
+        config: dict, a canonical configuration.
+        written: dict, the one read back from what is to be written.
+        source: str or path. For messages.
+
+    Raises:
+        CheckpointError: if they differ in a value of the model.
+    """
+    refuse(
+        source,
+        [
+            f"{field.name} is {config[field.name]!r:.80}, but the side file "
+            f"makes it {written[field.name]!r:.80}. Remove "
+            "conversion_extras.json to go on without it."
+            for field in FIELDS
+            if config[field.name] != written[field.name]
+        ],
+    )
 
 
 def per_layer(config, name):
@@ -299,7 +323,17 @@ def _check_heads(values, names, source):
     refuse(source, problems)
 
 
-def _canonical(values, dtype, eos_token_id):
+def canonical_config(values, *, dtype, eos_token_id):
+    """The canonical configuration with these values and no other.
+
+    Args:
+        values: dict with a value for each canonical name of the model's.
+        dtype: str. The weights'.
+        eos_token_id: int.
+
+    Returns:
+        dict, the content of `config.json`.
+    """
     return {
         "architectures": ["BwETAFForCausalLM"],
         "model_type": "bwetaf",

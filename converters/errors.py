@@ -9,6 +9,31 @@ class CheckpointError(ValueError):
     """
 
 
+def all_of(*readers):
+    """Calls readers, and raises what all of them raised in one error.
+
+    Args:
+        *readers: callables without arguments.
+
+    Returns:
+        list of what they returned.
+
+    Raises:
+        CheckpointError: if one of them did, or several.
+    """
+    results, errors = [], []
+    for read in readers:
+        try:
+            results.append(read())
+        except CheckpointError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise CheckpointError("\n".join(map(str, errors))) from errors[0]
+    if errors:
+        raise errors[0]
+    return results
+
+
 def refuse(source, problems):
     """Raises one error that lists every problem; does nothing for none.
 

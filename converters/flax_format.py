@@ -16,7 +16,7 @@ from converters.mapped import (
     MappedTensor,
     byte_count,
     map_file,
-    raw_bytes,
+    write_values,
 )
 
 CHUNKED = "__msgpack_chunked_array__"
@@ -50,21 +50,58 @@ VALUES = {
 def read_flax(path):
     """Indexes a file, reading no tensor.
 
-    Nothing is allocated from a length that the file does not back. Empty
-    dictionaries, which optax leaves in its states, hold nothing and are
-    left out.
+    Nothing is allocated from a length that the file does not back.
 
     Args:
         path: str or path.
 
     Returns:
-        dict of path (tuple of str) to `MappedTensor`, in file order.
+        Nested dict of str to `MappedTensor`, in file order.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or holds anything
             but dictionaries and arrays of plain numbers.
     """
     return _Reader(map_file(path), path).read()
+
+
+def flatten(tree, parents=()):
+    """The leaves of a tree.
+
+    Args:
+        tree: nested dict of str.
+        parents: tuple of str. Path of the tree in a larger one.
+
+    Returns:
+        dict of path (tuple of str) to leaf, in the tree's order. An empty
+        dictionary has no leaves.
+    """
+    leaves = {}
+    for key, value in tree.items():
+        path = (*parents, key)
+        if isinstance(value, dict):
+            leaves |= flatten(value, path)
+        else:
+            leaves[path] = value
+    return leaves
+
+
+def nest(leaves):
+    """The inverse of `flatten`, with keys sorted, as JAX sorts them.
+
+    Args:
+        leaves: dict of path (tuple of str) to leaf.
+
+    Returns:
+        Nested dict of str.
+    """
+    tree = {}
+    for path in sorted(leaves):
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaves[path]
+    return tree
 
 
 class _Reader:
@@ -81,19 +118,13 @@ class _Reader:
             self.fail(f"{self.end - self.position} trailing bytes follow")
         if not isinstance(tree, dict):
             self.fail("the file must hold a dictionary")
-        return dict(self.leaves(tree, ()))
-
-    def leaves(self, tree, parents):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from self.leaves(value, (*parents, key))
-            elif isinstance(value, MappedTensor):
-                yield (*parents, key), value
-            else:
+        for path, leaf in flatten(tree).items():
+            if not isinstance(leaf, MappedTensor):
                 self.fail(
-                    f"{'/'.join((*parents, key))} must be an array, but is "
-                    f"the plain value {value}"
+                    f"{'/'.join(path)} must be an array, but is the plain "
+                    f"value {leaf}"
                 )
+        return tree
 
     def value(self, depth):
         kind, size = self.header()
@@ -116,7 +147,7 @@ class _Reader:
             )
         result = {}
         for _ in range(size):
-            key = self.text()
+            key = self.text(kinds=("text",))
             if key in result:
                 self.fail(f"the key {key!r} occurs twice")
             result[key] = self.value(depth + 1)
@@ -130,6 +161,7 @@ class _Reader:
             not chunks
             or not all(type(size) is int for size in shape)
             or not all(isinstance(chunk, MappedTensor) for chunk in chunks)
+            or any(len(chunk.shape) != 1 for chunk in chunks)
             or any(chunk.dtype != chunks[0].dtype for chunk in chunks)
             or sum(chunk.nbytes for chunk in chunks)
             != byte_count(shape, chunks[0].dtype)
@@ -189,9 +221,9 @@ class _Reader:
             self.fail(f"a shape must consist of integers, found {kind}")
         return value
 
-    def text(self):
+    def text(self, kinds=("text", "bytes")):
         kind, length = self.header()
-        if kind not in ("text", "bytes") or length > MAX_TEXT_BYTES:
+        if kind not in kinds or length > MAX_TEXT_BYTES:
             self.fail(
                 f"expected a text of at most {MAX_TEXT_BYTES} bytes, found "
                 f"{kind}"
@@ -235,32 +267,24 @@ class _Reader:
         )
 
 
-def write_flax(path, paths, read, written):
+def write_flax(path, tree, read, written):
     """Writes the bytes that `flax.serialization.to_bytes` would.
-
-    Arrays are written one by one, keys in sorted order, as JAX sorts them.
 
     Args:
         path: str or path. The file; it appears when it is complete.
-        paths: iterable of paths (tuple of str) in the tree.
-        read: callable. Takes a path in the tree, returns the numpy array.
-        written: callable. Takes a path and the bytes, after their writing.
+        tree: nested dict of str. Its leaves stand for arrays, which are
+            written one by one.
+        read: callable. Takes a leaf, returns the numpy array.
+        written: callable. Takes a leaf, after its array was written.
     """
-    tree = {}
-    for parts in sorted(paths):
-        node = tree
-        for part in parts[:-1]:
-            node = node.setdefault(part, {})
-        node[parts[-1]] = parts
     with new_file(path) as file:
         _write_node(file, tree, read, written)
 
 
 def _write_node(file, node, read, written):
-    if isinstance(node, tuple):
-        array = read(node)
-        _write_array(file, array)
-        written(node, array.nbytes)
+    if not isinstance(node, dict):
+        _write_array(file, read(node))
+        written(node)
         return
     file.write(msgpack.Packer().pack_map_header(len(node)))
     for key, child in node.items():
@@ -287,18 +311,17 @@ def _write_array(file, array):
 
 
 def _write_extension(file, shape, array):
-    values = raw_bytes(array)
     inner = (
         msgpack.Packer().pack_array_header(3)
         + msgpack.packb(shape)
         + msgpack.packb(array.dtype.name)
-        + _length(values.size, 0xC4)
+        + _length(array.nbytes, 0xC4)
     )
-    length = len(inner) + values.size
+    length = len(inner) + array.nbytes
     fixed = {2**power: 0xD4 + power for power in range(5)}
     start = bytes([fixed[length]]) if length in fixed else _length(length, 0xC7)
     file.write(start + bytes([ARRAY_TYPE]) + inner)
-    file.write(values)
+    write_values(file, array, array.dtype)
 
 
 def _length(value, first):

@@ -9,7 +9,11 @@ import ml_dtypes
 import numpy as np
 
 from converters.errors import CheckpointError
+from converters.files import check_is_content
+from converters.transforms import view, view_shape
 
+# Of a pass over a tensor, however large it is.
+BLOCK_BYTES = 16 * 2**20
 DTYPES = {
     name: np.dtype(name)
     for name in (
@@ -66,6 +70,42 @@ class MappedTensor:
                 self.buffer.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
+@dataclass(frozen=True)
+class View:
+    """A tensor in another layout and, when written, of another dtype.
+
+    Args:
+        mapped: `MappedTensor`, or what has a shape, a dtype, an `array()`
+            and a `release()`, too.
+        transforms: tuple of transforms, see `converters.transforms`.
+        dtype: numpy dtype to write it in. Defaults to the tensor's own.
+    """
+
+    mapped: MappedTensor
+    transforms: tuple = ()
+    dtype: np.dtype = None
+
+    def __post_init__(self):
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", self.mapped.dtype)
+
+    @property
+    def shape(self):
+        return view_shape(self.transforms, self.mapped.shape)
+
+    @property
+    def nbytes(self):
+        return byte_count(self.shape, self.dtype)
+
+    def array(self):
+        """Returns the values in their own dtype; may be a view of the file."""
+        return view(self.transforms, self.mapped.array())
+
+    def release(self):
+        """See `MappedTensor.release`."""
+        self.mapped.release()
+
+
 def map_file(path):
     """Maps a file into memory for reading.
 
@@ -88,7 +128,9 @@ def map_file(path):
             f"{path}: the file is empty. Fetch or export it again."
         )
     with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    check_is_content(path, buffer[:64])
+    return buffer
 
 
 def byte_count(shape, dtype):
@@ -98,6 +140,74 @@ def byte_count(shape, dtype):
     return math.prod(shape) * dtype.itemsize
 
 
-def raw_bytes(array):
-    """The array's values in row-major order, as something to write."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def blocks(array, dtype=None):
+    """The values of an array in row-major order, some megabytes at a time.
+
+    Args:
+        array: numpy array of any shape and layout.
+        dtype: numpy dtype to convert them to. Defaults to the array's own.
+
+    Yields:
+        numpy arrays `(length,)`, contiguous.
+    """
+    dtype = array.dtype if dtype is None else dtype
+    rows = array.reshape(1) if array.ndim == 0 else array
+    width = max(1, math.prod(rows.shape[1:]) * rows.itemsize)
+    step = max(1, BLOCK_BYTES // width)
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step]
+        with np.errstate(over="ignore", invalid="ignore"):
+            block = np.ascontiguousarray(block, dtype)
+        yield block.ravel()
+
+
+def non_finite(array, dtype=None):
+    """How many values of an array are NaN or infinite.
+
+    Looks at the exponent's bits, which is faster than `numpy.isfinite` where
+    a dtype is not NumPy's own.
+
+    Args:
+        array: numpy array of floats.
+        dtype: numpy dtype to convert them to first. Defaults to their own.
+    """
+    count = 0
+    for block in blocks(array, dtype):
+        info = ml_dtypes.finfo(block.dtype)
+        bits = block.view(f"uint{info.bits}")
+        exponent = bits.dtype.type((2**info.nexp - 1) << info.nmant)
+        count += np.count_nonzero((bits & exponent) == exponent)
+    return int(count)
+
+
+def different(left, right):
+    """How many values of two arrays differ in a bit.
+
+    Args:
+        left, right: numpy arrays of one shape and dtype.
+    """
+    return sum(
+        np.count_nonzero(
+            (as_bytes(one) != as_bytes(two))
+            .reshape(-1, left.itemsize)
+            .any(axis=-1)
+        )
+        for one, two in zip(blocks(left), blocks(right), strict=True)
+    )
+
+
+def as_bytes(block):
+    """A contiguous array of one axis as uint8."""
+    return block.view(np.uint8)
+
+
+def write_values(file, array, dtype):
+    """Writes an array's values in row-major order.
+
+    Args:
+        file: binary file.
+        array: numpy array.
+        dtype: numpy dtype to convert them to.
+    """
+    for block in blocks(array, dtype):
+        file.write(as_bytes(block))

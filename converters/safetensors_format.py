@@ -5,18 +5,16 @@ import struct
 from pathlib import Path, PurePosixPath
 
 from converters.errors import CheckpointError, refuse
-from converters.files import new_file, parse_json, read_json
+from converters.files import new_file, parse_json, read_json, write_files
 from converters.mapped import (
     DTYPES,
     MappedTensor,
     byte_count,
     map_file,
-    raw_bytes,
+    write_values,
 )
 
-FILE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 10_000_000
 CODES = {
     "bool": "BOOL",
     "bfloat16": "BF16",
@@ -54,8 +52,15 @@ def read_safetensors(path):
             f"the file, and {MAX_HEADER_BYTES}."
         )
     header = parse_json(buffer[8 : 8 + length], path)
-    header.pop("__metadata__", None)
     tensors, problems = {}, []
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        problems.append(
+            "__metadata__ must be an object of texts. Received: "
+            f"{metadata!r:.80}"
+        )
     for name, entry in header.items():
         problem, tensor = _tensor(entry, buffer, 8 + length)
         if problem:
@@ -118,15 +123,16 @@ def _tensor(entry, buffer, start):
 
 def _sizes(value):
     return isinstance(value, list) and all(
-        type(size) is int and size >= 0 for size in value
+        type(size) is int and 0 <= size < 2**63 for size in value
     )
 
 
-def read_safetensors_folder(folder):
+def read_safetensors_folder(folder, stem="model"):
     """Indexes `model.safetensors`, or the shards that an index file names.
 
     Args:
         folder: str or path.
+        stem: str. What the files' names start with.
 
     Returns:
         dict of tensor name to `MappedTensor`.
@@ -136,9 +142,15 @@ def read_safetensors_folder(folder):
             the shards disagree.
     """
     folder = Path(folder)
-    index_path = folder / INDEX_NAME
-    if (folder / FILE_NAME).exists() or not index_path.exists():
-        return read_safetensors(folder / FILE_NAME)
+    path = folder / f"{stem}.safetensors"
+    index_path = folder / f"{stem}.safetensors.index.json"
+    if not index_path.exists():
+        return read_safetensors(path)
+    if path.exists():
+        raise CheckpointError(
+            f"{folder}: expected {path.name}, or {index_path.name} with its "
+            "shards. Received: both. Remove the one that is out of date."
+        )
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str)
@@ -152,21 +164,67 @@ def read_safetensors_folder(folder):
             f"{index_path}: weight_map must name a .safetensors file of the "
             f"same folder for each tensor. Received: {weight_map!r:.200}"
         )
+    listed = {}
+    for name, shard in weight_map.items():
+        listed.setdefault(shard, set()).add(name)
+    refuse(
+        index_path,
+        [
+            f"the shard {shard} is missing. Fetch or export it again."
+            for shard in sorted(listed)
+            if not (folder / shard).is_file()
+        ],
+    )
     tensors, problems = {}, []
-    for shard in sorted(set(weight_map.values())):
-        listed = {name for name, place in weight_map.items() if place == shard}
+    for shard, names in sorted(listed.items()):
         found = read_safetensors(folder / shard)
         problems += [
             f"tensor {name!r} is not in {shard}, where the index puts it."
-            for name in sorted(listed - found.keys())
+            for name in sorted(names - found.keys())
         ]
         problems += [
             f"tensor {name!r} is in {shard}, but the index does not say so."
-            for name in sorted(found.keys() - listed)
+            for name in sorted(found.keys() - names)
         ]
         tensors |= found
     refuse(index_path, problems)
     return tensors
+
+
+def write_safetensors_folder(
+    folder, specs, read, written, *, stem="model", max_shard_size=None
+):
+    """Writes one file, or shards and an index file.
+
+    Args:
+        folder: path. It exists.
+        specs: dict of tensor name to (numpy dtype, shape).
+        read: callable. Takes a name, returns the numpy array.
+        written: callable. Takes a name, after its writing.
+        stem: str. What the files' names start with.
+        max_shard_size: int, or None for one file. Bytes of tensors in a
+            file; a larger tensor has one of its own.
+    """
+    shards, used = [{}], 0
+    for name, (dtype, shape) in specs.items():
+        size = byte_count(shape, dtype)
+        if max_shard_size and shards[-1] and used + size > max_shard_size:
+            shards.append({})
+            used = 0
+        shards[-1][name] = dtype, shape
+        used += size
+    if len(shards) == 1:
+        path = folder / f"{stem}.safetensors"
+        write_safetensors(path, specs, read, written)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / name, shard, read, written)
+        weight_map |= dict.fromkeys(shard, name)
+    total = sum(byte_count(shape, dtype) for dtype, shape in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_files(folder, {f"{stem}.safetensors.index.json": index})
 
 
 def write_safetensors(path, specs, read, written):
@@ -176,7 +234,7 @@ def write_safetensors(path, specs, read, written):
         path: str or path.
         specs: dict of tensor name to (numpy dtype, shape).
         read: callable. Takes a name, returns the numpy array.
-        written: callable. Takes a name and the bytes, after their writing.
+        written: callable. Takes a name, after its writing.
     """
     # Widest dtype first, so that every tensor is aligned to its own size.
     names = sorted(specs, key=lambda name: -specs[name][0].itemsize)
@@ -195,4 +253,5 @@ def write_safetensors(path, specs, read, written):
     with new_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            written(name, file.write(raw_bytes(read(name))))
+            write_values(file, read(name), specs[name][0])
+            written(name)

@@ -1,9 +1,7 @@
 """A repository of the Hugging Face Hub -> a local folder, once."""
 
-import contextlib
 import dataclasses
-import errno
-import hashlib
+import fnmatch
 import shutil
 from pathlib import Path
 from urllib.parse import quote
@@ -12,49 +10,66 @@ import h5py
 import huggingface_hub
 import tokenizers
 from filelock import FileLock
-from huggingface_hub import constants, errors
+from huggingface_hub import constants
 
 import converters
-from converters.canonical import FLAX_CONFIG, FLAX_WEIGHTS
-from converters.companions import FLAX_TOKENIZER, FLAX_TOKENIZER_CONFIG
+from converters import flax_folder, hugging_face_folder, keras_folder
 from converters.files import new_file
-from converters.safetensors_format import FILE_NAME
+from converters.hub import check_digest, clear_errors
 
 # The file of `tokenizers`, by format.
 TOKENIZERS = {
-    "safetensors": "tokenizer.json",
-    "flax": FLAX_TOKENIZER,
-    "keras": "assets/tokenizer/tokenizer.json",
+    "safetensors": hugging_face_folder.TOKENIZER,
+    "torch": hugging_face_folder.TOKENIZER,
+    "flax": flax_folder.TOKENIZER,
+    "keras": keras_folder.TOKENIZER,
 }
 # Which files of a repository are needed, and which are welcome, by format.
 # The optimizer's state, larger than the weights, is among neither.
 FILES = {
     "safetensors": (
-        ["config.json", FILE_NAME, TOKENIZERS["safetensors"]],
-        ["tokenizer_config.json", "generation_config.json"],
+        [
+            hugging_face_folder.CONFIG,
+            "model.safetensors",
+            hugging_face_folder.TOKENIZER,
+        ],
+        [
+            hugging_face_folder.TOKENIZER_CONFIG,
+            hugging_face_folder.GENERATION_CONFIG,
+        ],
+    ),
+    "sharded safetensors": (
+        [
+            hugging_face_folder.CONFIG,
+            "model.safetensors.index.json",
+            hugging_face_folder.TOKENIZER,
+        ],
+        [
+            hugging_face_folder.TOKENIZER_CONFIG,
+            hugging_face_folder.GENERATION_CONFIG,
+            "model-?????-of-?????.safetensors",
+        ],
     ),
     "flax": (
-        [FLAX_CONFIG, FLAX_WEIGHTS, TOKENIZERS["flax"]],
-        [FLAX_TOKENIZER_CONFIG],
+        [flax_folder.CONFIG, flax_folder.WEIGHTS, flax_folder.TOKENIZER],
+        [flax_folder.TOKENIZER_CONFIG],
     ),
     "keras": (
         [
-            "config.json",
-            "model.weights.h5",
-            "tokenizer.json",
-            TOKENIZERS["keras"],
+            keras_folder.CONFIG,
+            keras_folder.WEIGHTS,
+            keras_folder.TOKENIZER_CONFIG,
+            keras_folder.TOKENIZER,
         ],
-        ["task.json", "task.weights.h5", "preprocessor.json", "metadata.json"],
+        [
+            keras_folder.TASK,
+            "task.weights.h5",
+            keras_folder.PREPROCESSOR,
+            keras_folder.METADATA,
+        ],
     ),
 }
 WEIGHTS = (".pkl", ".safetensors", ".h5")
-# What a full disk, or a folder that is not the user's, answers.
-DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
-}
-LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def _assets(repo):
@@ -135,7 +150,7 @@ def fetch(repo, revision, weights, check):
             f"{', '.join(missing)}. Its owner has to add them, or pass a "
             "folder that holds the model."
         )
-    with _clear_errors(repo, revision):
+    with clear_errors(repo, revision):
         if not weights:
             return _download(repo, commit, files, names, check)
         with _lock(repo):
@@ -157,7 +172,7 @@ def _resolve(repo, revision, weights):
     if pin.is_file():
         revision = pin.read_text()
     try:
-        with _clear_errors(repo, revision):
+        with clear_errors(repo, revision):
             info = huggingface_hub.HfApi().model_info(
                 repo, revision=revision, files_metadata=True
             )
@@ -186,7 +201,11 @@ def _choose(files, weights):
         if weights or not name.endswith(WEIGHTS)
     ]
     return (
-        [name for name in names if name in files],
+        [
+            name
+            for name in files
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in names)
+        ],
         [name for name in names if name in needed and name not in files],
     )
 
@@ -208,17 +227,19 @@ def _download(repo, commit, files, names, check):
                 )
             )
             for name in batch:
-                _check_digest(folder / name, files[name])
+                check_digest(folder / name, files[name])
             check(folder)
             _check_content(folder, batch)
         layout = converters.detect_format(folder)
-        if weights and layout == "safetensors":
-            converters.keras_tensors(folder)
+        if weights and layout in ("safetensors", "torch"):
+            converters.read_checkpoint(folder, optimizer=False)
         if weights and layout == "flax":
             target = _assets(repo) / commit
             for leftover in target.parent.glob(".*.tmp"):
                 shutil.rmtree(leftover)  # of a process that was killed
-            converters.flax_to_safetensors(folder, target)
+            converters.convert(
+                folder, target, to="safetensors", optimizer=False
+            )
             return target
         return folder
     except ValueError:
@@ -246,31 +267,6 @@ def _check_content(folder, names):
             ) from error
 
 
-def _check_digest(path, file):
-    """Compares a file with what the Hub says of it, if it was asked.
-
-    A file that differs is removed: the next attempt downloads it again.
-    """
-    if file is None:
-        return
-    with path.open("rb") as content:
-        if file.lfs is not None:
-            expected = file.lfs.sha256
-            received = hashlib.file_digest(content, "sha256").hexdigest()
-        else:
-            expected = file.blob_id
-            data = content.read()
-            header = b"blob %d\0" % len(data)
-            received = hashlib.sha1(header + data).hexdigest()
-    if received != expected:
-        path.resolve().unlink()
-        path.unlink(missing_ok=True)
-        raise ValueError(
-            f"{file.rfilename}: the download is corrupt and was removed. "
-            f"Expected: digest {expected}. Received: {received}. Try again."
-        )
-
-
 def _forget(repo, commit):
     """Removes a revision from the Hub's cache."""
     cache = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
@@ -290,67 +286,3 @@ def _lock(repo):
     folder = hub_folder.parent / ".locks" / hub_folder.name
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "keras-bwetaf.lock")
-
-
-@contextlib.contextmanager
-def _clear_errors(repo, revision):
-    """Says what went wrong on the way from the Hub, and what to do."""
-    try:
-        yield
-    except (errors.HTTPError, OSError) as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            error = error.__cause__ or error
-        raise _explain(error, repo, revision) from error
-
-
-def _explain(error, repo, revision):
-    where = f"{repo} (revision {revision}, {constants.ENDPOINT})"
-    response = getattr(error, "response", None)
-    if isinstance(error, errors.GatedRepoError):
-        return PermissionError(
-            f"{where} is gated. Accept its terms on its page, then {LOGIN}, "
-            "as somebody who has access."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"{where} does not exist, or is private. Check its name; if it is "
-            f"private, {LOGIN}."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return FileNotFoundError(
-            f"{where}: the repository has no such revision. Pass a branch, a "
-            "tag or a commit that it has."
-        )
-    if response is not None and response.status_code in (401, 403):
-        return PermissionError(
-            f"{where} refuses access with status {response.status_code}. "
-            f"To use another account or token, {LOGIN}."
-        )
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return ConnectionError(
-            f"{where} is not in the cache, and HF_HUB_OFFLINE forbids to "
-            "download it. Unset HF_HUB_OFFLINE, or pass a folder that holds "
-            "the model."
-        )
-    if response is not None:
-        return ConnectionError(
-            f"{where} answers with status {response.status_code}. Try again "
-            "later."
-        )
-    if isinstance(error, errors.HTTPError):
-        return ConnectionError(
-            f"{where} cannot be reached: {error}. Check the network, or pass "
-            "a folder that holds the model. Once downloaded, a model loads "
-            "without the network."
-        )
-    if error.errno in DISK_ERRORS:
-        return OSError(
-            error.errno,
-            f"{error.strerror}. Cannot write the cache. Free space, or set "
-            "HF_HOME to a folder that can be written",
-            error.filename,
-        )
-    reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
-    return ConnectionError(
-        f"{where}: the download is incomplete. {reason}. Try again."
-    )

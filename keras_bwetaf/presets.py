@@ -4,17 +4,16 @@ import contextlib
 import inspect
 import os
 import re
-import tempfile
 import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 from huggingface_hub import constants
 
 import converters
+from converters import flax_folder, hugging_face_folder, keras_folder
 from converters.bwetaf_v3 import tensors
-from converters.canonical import FLAX_CONFIG
-from converters.companions import FLAX_TOKENIZER_CONFIG
 from converters.files import read_json
 from keras_bwetaf import hub
 
@@ -46,15 +45,15 @@ PRESETS = {
 # Where a tokenizer's settings are, and what they call its special tokens.
 TOKENIZER_SETTINGS = {
     "safetensors": (
-        "tokenizer_config.json",
+        hugging_face_folder.TOKENIZER_CONFIG,
         {"end_token": "eos_token", "unk_token": "unk_token"},
     ),
     "flax": (
-        FLAX_TOKENIZER_CONFIG,
+        flax_folder.TOKENIZER_CONFIG,
         {"end_token": "eos_token", "unk_token": "uk_token"},
     ),
 }
-KERAS_BACKBONE = "keras_bwetaf>BwETAFBackbone"
+TOKENIZER_SETTINGS["torch"] = TOKENIZER_SETTINGS["safetensors"]
 HUB_PREFIX = "hf://"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -140,8 +139,7 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
         base = known["config"] if known else saved
         backbone = _canonical_backbone({**base, **config}, dtype)
     else:
-        with _canonical(folder, layout) as weights:
-            backbone = _canonical_backbone({**saved, **config}, dtype, weights)
+        backbone = _canonical_backbone({**saved, **config}, dtype, folder)
     preprocessor = None
     if (folder / hub.TOKENIZERS[layout]).is_file():
         preprocessor = _preprocessor(folder, layout, backbone)
@@ -201,26 +199,13 @@ def backbone_config(folder):
     """
     layout = converters.detect_format(folder)
     if layout == "keras":
-        return _keras_config(folder / "config.json")
+        return keras_folder.read_config(folder)
     if layout == "flax":
-        path = folder / FLAX_CONFIG
+        path = folder / flax_folder.CONFIG
         config = converters.config_from_flax(read_json(path), source=path)
     else:
-        config = converters.read_config(folder)
+        config = hugging_face_folder.read_config(folder)
     return converters.config_to_keras(config)
-
-
-def _keras_config(path):
-    """The configuration of a backbone that KerasHub saved."""
-    saved = read_json(path)
-    name, config = saved["registered_name"], saved.get("config")
-    if name != KERAS_BACKBONE or not isinstance(config, dict):
-        raise ValueError(
-            f"{path}: expected the registered_name {KERAS_BACKBONE!r} and a "
-            f"config. Received: registered_name={name!r}, config of type "
-            f"{type(config).__name__}. Pass a BwETAF model."
-        )
-    return config
 
 
 def _repository(preset, revision):
@@ -278,26 +263,13 @@ def _warn_of_no_tokenizer(preset, reason):
     )
 
 
-@contextlib.contextmanager
-def _canonical(folder, layout):
-    """A canonical folder with the weights of a folder."""
-    if layout == "safetensors":
-        yield folder
-        return
-    # A folder of the user's may change at any time: converted for this load
-    # only, it is left alone and nothing goes stale.
-    with tempfile.TemporaryDirectory() as temporary:
-        converters.flax_to_safetensors(folder, f"{temporary}/model")
-        yield Path(temporary, "model")
-
-
 def _canonical_backbone(config, dtype, weights=None):
-    """A backbone, its weights from a canonical folder or random.
+    """A backbone, its weights from a folder or random.
 
     Args:
         config: dict. The backbone's arguments.
         dtype: str, `keras.DTypePolicy` or None.
-        weights: path of a canonical folder or None.
+        weights: path of a folder, or None.
     """
     from keras_bwetaf.layers.initializers import skip_initialization
     from keras_bwetaf.models.backbone import BwETAFBackbone
@@ -393,17 +365,19 @@ def _check_fit(found, wanted):
 
 
 def _assign(backbone, folder):
-    """Moves weights from a canonical folder into variables, one by one."""
+    """Moves weights from a folder into variables, one by one."""
     variables = {variable.path: variable for variable in backbone.weights}
+    checkpoint = converters.read_checkpoint(folder, optimizer=False)
     _check_fit(
-        _shapes(backbone_config(folder)),
+        {row.keras: row.shape for row in checkpoint.rows},
         {path: tuple(each.shape) for path, each in variables.items()},
     )
     for variable in variables.values():
         variable.value.delete()  # zeros, whose memory the weights can have
-    for path, array in converters.keras_tensors(folder):
-        variable = variables[path]
+    for row in checkpoint.rows:
+        variable, tensor = variables[row.keras], checkpoint[row.name]
         # A copy, because JAX goes on using an array where it lies, and the
         # file may change. Finished, so that copies don't pile up.
-        array = array.astype(variable.dtype)
+        array = np.array(tensor.array(), variable.dtype, order="C")
         variable.assign(jax.device_put(array).block_until_ready())
+        tensor.release()

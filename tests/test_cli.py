@@ -150,7 +150,7 @@ def test_info(run, folder, layout, tmp_path):
     if layout == "flax":
         shutil.copytree(folder, target)
     elif layout == "safetensors":
-        converters.flax_to_safetensors(folder, target)
+        converters.convert(folder, target, to="safetensors")
     else:
         from_preset(folder).save_to_preset(str(target))
 

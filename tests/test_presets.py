@@ -18,6 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 import converters
+from converters import hugging_face_folder
 from converters.bwetaf_v3 import tensors
 from keras_bwetaf import hub as hub_module
 from keras_bwetaf import presets
@@ -68,8 +69,27 @@ def flax_folder(saved, tmp_path):
 
 @pytest.fixture
 def canonical_folder(saved, tmp_path):
-    converters.flax_to_safetensors(saved[1], tmp_path / "canonical")
+    converters.convert(
+        saved[1], tmp_path / "canonical", to="safetensors", optimizer=False
+    )
     return tmp_path / "canonical"
+
+
+@pytest.fixture
+def torch_folder(saved, tmp_path):
+    folder = tmp_path / "torch"
+    converters.convert(saved[1], folder, to="torch", optimizer=False)
+    return folder
+
+
+@pytest.fixture
+def sharded_folder(saved, tmp_path):
+    folder = tmp_path / "sharded"
+    converters.convert(
+        saved[1], folder, to="torch", max_shard_size=20_000, optimizer=False
+    )
+    assert not (folder / "model.safetensors").exists()
+    return folder
 
 
 @pytest.fixture
@@ -169,7 +189,9 @@ def test_bad_names(preset, revision, message):
 # === Folders ===
 
 
-@pytest.mark.parametrize("layout", ["flax", "canonical", "keras"])
+@pytest.mark.parametrize(
+    "layout", ["flax", "canonical", "keras", "torch", "sharded"]
+)
 def test_folders_load_and_stay_as_they_are(
     layout, saved, tmp_path, monkeypatch, request
 ):
@@ -439,6 +461,26 @@ def test_offline(hub, hub_client, saved, monkeypatch):
     assert_original(from_preset(HUB), saved)
 
 
+@pytest.mark.parametrize("layout", ["torch", "sharded"])
+def test_repositories_for_transformers(layout, hub, hub_client, saved, request):
+    hub.add(REPO, request.getfixturevalue(f"{layout}_folder"))
+
+    assert_original(from_preset(HUB), saved)
+
+    assert "modeling_bwetaf.py" not in hub.downloads()
+    hub.stop()
+    assert_original(from_preset(HUB), saved)
+
+
+def test_missing_shard(hub, hub_client, sharded_folder):
+    shard = sorted(sharded_folder.glob("model-00002-of-*"))[0]
+    shard.unlink()
+    hub.add(REPO, sharded_folder)
+    with pytest.raises(ValueError, match=f"shard {shard.name} is missing"):
+        from_preset(HUB)
+    assert_nothing_left(hub_client)
+
+
 def test_token(hub, hub_client, saved, monkeypatch):
     hub.add(REPO, saved[1])
     hub.token = "hf_right"
@@ -627,7 +669,7 @@ def test_damaged_in_the_repository(
 )
 def test_errors_on_the_way(error, kind, message):
     with pytest.raises(OSError, match=message) as caught:
-        with hub_module._clear_errors(REPO, "main"):
+        with hub_module.clear_errors(REPO, "main"):
             raise error
     assert isinstance(caught.value, ConnectionError) == (
         kind is ConnectionError
@@ -662,7 +704,9 @@ def test_interrupted_conversion_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(converters.canonical, "write_safetensors", interrupt)
+        patch.setattr(
+            hugging_face_folder, "write_safetensors_folder", interrupt
+        )
         with pytest.raises(KeyboardInterrupt):
             from_preset(HUB)
     assert not [
@@ -789,14 +833,14 @@ def test_two_processes_convert_once(hub, hub_client, saved):
 
 KILLED = """
 import os, signal, sys
-import converters.canonical
+from converters import safetensors_format
 from keras_bwetaf import presets
 
 def kill(path, *_):
     path.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
-converters.canonical.write_safetensors = kill
+safetensors_format.write_safetensors = kill
 presets.preset_folder(sys.argv[1])
 """
 

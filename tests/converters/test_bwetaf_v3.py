@@ -163,8 +163,9 @@ def test_defaults_of_the_original_are_known():
             "attention_dim must be divisible by every num_heads. Received: "
             "attention_dim=770, num_heads=8",
         ),
-        ({"num_blocks": 10**9}, "num_blocks must be an integer from 1 to 4096"),
+        ({"num_blocks": 10**9}, "num_blocks must be an integer from 1 to 1024"),
         ({"ff_dim": 2.5}, "ff_dim must be an integer"),
+        ({"dropout_rate": 10**400}, "dropout_rate must be a number"),
         ({"dropout_rate": 1}, "dropout_rate must be a number from 0 to below"),
         ({"emb_init_range": -1}, "emb_init_range must be .* or null"),
         ({"param_init_rage": float("nan")}, "param_init_rage must be a number"),

@@ -4,7 +4,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from converters import CheckpointError, flax_format, read_flax, write_flax
+from converters import CheckpointError, flax_format
+from converters.flax_format import flatten, nest, read_flax, write_flax
 
 DTYPES = (
     *("float16", "float32", "float64", "bfloat16", "bool"),
@@ -13,15 +14,13 @@ DTYPES = (
 )
 
 
-def flatten(tree, parents=()):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, (*parents, key))
-        else:
-            yield (*parents, key), np.asarray(value)
+def arrays_of(tree):
+    """The arrays of a tree by path."""
+    return {path: np.asarray(array) for path, array in flatten(tree).items()}
 
 
 def assert_same_arrays(found, expected):
+    found = flatten(found)
     assert found.keys() == expected.keys()
     for path, array in expected.items():
         assert found[path].dtype == array.dtype, path
@@ -30,7 +29,7 @@ def assert_same_arrays(found, expected):
 
 
 def write_all(path, arrays):
-    write_flax(path, arrays, arrays.get, lambda path, nbytes: None)
+    write_flax(path, nest(arrays), lambda array: array, lambda array: None)
 
 
 def random_tree():
@@ -51,25 +50,25 @@ def random_tree():
 def test_index_equals_flax_on_trained_checkpoint(trained_checkpoint, name):
     path = trained_checkpoint / name
     expected = flax.serialization.msgpack_restore(path.read_bytes())
-    assert_same_arrays(read_flax(path), dict(flatten(expected)))
+    assert_same_arrays(read_flax(path), arrays_of(expected))
 
 
 def test_every_dtype_and_shape_is_read(tmp_path):
     tree = random_tree()
     (tmp_path / "file").write_bytes(flax.serialization.to_bytes(tree))
-    assert_same_arrays(read_flax(tmp_path / "file"), dict(flatten(tree)))
+    assert_same_arrays(read_flax(tmp_path / "file"), arrays_of(tree))
 
 
 def test_numpy_scalars_are_read(tmp_path):
     tree = {"a": np.float32(3.5), "b": np.int64(-2)}
     (tmp_path / "file").write_bytes(flax.serialization.to_bytes(tree))
-    assert_same_arrays(read_flax(tmp_path / "file"), dict(flatten(tree)))
+    assert_same_arrays(read_flax(tmp_path / "file"), arrays_of(tree))
 
 
 def test_written_bytes_are_flaxs(tmp_path):
     tree = random_tree()
     del tree["b"]["empty"]
-    write_all(tmp_path / "file", dict(flatten(tree)))
+    write_all(tmp_path / "file", arrays_of(tree))
     ordered = flax.serialization.msgpack_serialize(tree)
     assert (tmp_path / "file").read_bytes() == ordered
 
@@ -98,7 +97,7 @@ def test_chunked_arrays_both_ways(tmp_path, monkeypatch):
 def test_arrays_are_views_that_survive_release(tmp_path):
     values = np.arange(100_000, dtype="float32")
     write_all(tmp_path / "file", {("a",): values})
-    (tensor,) = read_flax(tmp_path / "file").values()
+    (tensor,) = flatten(read_flax(tmp_path / "file")).values()
     array = tensor.array()
     assert array.base is not None and not array.flags.writeable
     tensor.release()
@@ -214,9 +213,9 @@ def test_too_many_items_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(flax_format, "MAX_ITEMS", 4)
     path = tmp_path / "file"
     path.write_bytes(msgpack.packb({"a": {"b": ARRAY, "c": ARRAY}}))
-    assert len(read_flax(path)) == 2
+    assert len(flatten(read_flax(path))) == 2
     path.write_bytes(msgpack.packb({"a": {"b": ARRAY, "c": ARRAY}, "d": {}}))
-    assert len(read_flax(path)) == 2
+    assert len(flatten(read_flax(path))) == 2
     path.write_bytes(
         msgpack.packb({"a": {"b": ARRAY}, "c": {"d": ARRAY}, "e": {}})
     )
@@ -252,7 +251,7 @@ def test_every_flipped_bit_loads_or_raises_our_error(tmp_path):
         mutated[bit // 8] ^= 1 << bit % 8
         path.write_bytes(mutated)
         try:
-            for tensor in read_flax(path).values():
+            for tensor in flatten(read_flax(path)).values():
                 tensor.array().tobytes()
         except CheckpointError:
             refused += 1

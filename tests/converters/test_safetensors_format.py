@@ -8,13 +8,13 @@ import pytest
 import safetensors.flax
 import safetensors.numpy
 
-from converters import (
-    CheckpointError,
+from converters import CheckpointError
+from converters.safetensors_format import (
+    CODES,
     read_safetensors,
     read_safetensors_folder,
     write_safetensors,
 )
-from converters.safetensors_format import CODES
 
 
 def random_arrays():
@@ -30,7 +30,7 @@ def random_arrays():
 
 def write_all(path, arrays):
     specs = {name: (each.dtype, each.shape) for name, each in arrays.items()}
-    write_safetensors(path, specs, arrays.get, lambda name, nbytes: None)
+    write_safetensors(path, specs, arrays.get, lambda name: None)
 
 
 def assert_same_arrays(found, arrays):
@@ -196,7 +196,7 @@ def test_index_cannot_leave_the_folder(shards, place):
 
 def test_missing_shard_or_file(shards, tmp_path):
     _, index = shards
-    with pytest.raises(CheckpointError, match="3.safetensors: the file is mi"):
+    with pytest.raises(CheckpointError, match="3.safetensors.*is missing"):
         read_safetensors_folder(index(a="3.safetensors"))
     with pytest.raises(CheckpointError, match="model.safetensors: the file is"):
         read_safetensors_folder(tmp_path / "elsewhere")

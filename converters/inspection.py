@@ -1,0 +1,136 @@
+"""`inspect`: what lies in a model folder or a file of weights."""
+
+import hashlib
+import math
+
+import numpy as np
+
+from converters import flax_folder, keras_folder
+from converters.checkpoint import FLOATS
+from converters.errors import CheckpointError
+from converters.flax_format import flatten, read_flax
+from converters.formats import detect_format, read_checkpoint
+from converters.hdf5_format import read_hdf5
+from converters.hub import local_folder
+from converters.mapped import as_bytes, blocks
+from converters.safetensors_format import read_safetensors
+
+
+def _read_flax(path):
+    leaves = flatten(read_flax(path))
+    return {"/".join(place): tensor for place, tensor in leaves.items()}
+
+
+READERS = {
+    ".safetensors": read_safetensors,
+    ".h5": read_hdf5,
+    ".pkl": _read_flax,
+    ".msgpack": _read_flax,
+}
+# Files of weights by format; the optimizer's state is no parameter.
+WEIGHTS = {
+    "flax": (flax_folder.WEIGHTS,),
+    "keras": (keras_folder.WEIGHTS, "model_*.weights.h5"),
+    "safetensors": ("model*.safetensors",),
+    "torch": ("model*.safetensors",),
+}
+OPTIMIZER = {
+    "flax": (flax_folder.OPTIMIZER,),
+    "keras": (keras_folder.OPTIMIZER,),
+    "safetensors": ("optimizer*.safetensors",),
+    "torch": ("optimizer*.safetensors",),
+}
+
+
+def inspect(path, *, progress=None):
+    """Lists the tensors of a model folder, or of one file, as they are there.
+
+    A folder is listed even where it is not a whole model, or contradicts
+    itself; `"problem"` says so.
+
+    Args:
+        path: str or path. A model folder of any format, `"hf://owner/repo"`,
+            or a file: `.safetensors`, `.h5`, or Flax's `.pkl` or `.msgpack`.
+        progress: callable, optional. Takes the bytes done and the bytes in
+            all, after each tensor.
+
+    Returns:
+        dict of `"path"`, `"format"`, `"problem"` (str or None),
+        `"parameters"`, `"bytes"`, and `"tensors"`: a list of dicts of
+        `"file"`, `"name"`, `"dtype"`, `"shape"`, `"bytes"`, `"sha256"` (of
+        the values in row-major order), and of how many values are `"nan"` and
+        `"inf"`.
+
+    Raises:
+        CheckpointError: if it is neither, or a file of weights is missing or
+            damaged.
+
+    Example:
+
+    ```python
+    converters.inspect("model.safetensors")["tensors"][0]["sha256"]
+    ```
+    """
+    folder = local_folder(path)
+    if folder.is_dir():
+        layout, problem = detect_format(folder), None
+        try:
+            read_checkpoint(folder)
+        except CheckpointError as error:
+            problem = str(error)
+        weights = _matching(folder, WEIGHTS[layout])
+        files = weights + _matching(folder, OPTIMIZER[layout])
+    else:
+        layout, problem = folder.suffix, None
+        files = weights = [folder]
+        if layout not in READERS:
+            raise CheckpointError(
+                f"{folder}: expected a model folder, or a file that ends in "
+                f"{', '.join(READERS)}. Received: "
+                f"{'another file' if folder.exists() else 'nothing there'}."
+            )
+    found = [
+        (file, name, tensor)
+        for file in files
+        for name, tensor in READERS[file.suffix](file).items()
+    ]
+    total, done, rows = sum(tensor.nbytes for *_, tensor in found), 0, []
+    for file, name, tensor in found:
+        rows.append({"file": file.name, "name": name} | _facts(tensor))
+        tensor.release()
+        done += tensor.nbytes
+        if progress:
+            progress(done, total)
+    return {
+        "path": str(path),
+        "format": layout,
+        "problem": problem,
+        "parameters": sum(
+            math.prod(tensor.shape)
+            for file, _, tensor in found
+            if file in weights
+        ),
+        "bytes": total,
+        "tensors": rows,
+    }
+
+
+def _matching(folder, patterns):
+    return sorted(path for each in patterns for path in folder.glob(each))
+
+
+def _facts(tensor):
+    digest, nan, inf = hashlib.sha256(), 0, 0
+    for block in blocks(tensor.array()):
+        digest.update(as_bytes(block))
+        if tensor.dtype.name in FLOATS:
+            nan += np.count_nonzero(np.isnan(block))
+            inf += np.count_nonzero(np.isinf(block))
+    return {
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape),
+        "bytes": tensor.nbytes,
+        "sha256": digest.hexdigest(),
+        "nan": int(nan),
+        "inf": int(inf),
+    }
