@@ -1,8 +1,14 @@
+import os
+from pathlib import Path
+
 import keras
 import keras_hub
 import numpy as np
 from keras_hub.models import CausalLM
 
+import converters
+from converters import keras_folder
+from converters.hub import local_folder
 from keras_bwetaf.generation.decoding import Decoder
 from keras_bwetaf.generation.generation import (
     Request,
@@ -115,6 +121,96 @@ class BwETAFCausalLM(CausalLM):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built and self.optimizer:
             self.optimizer.build(self.trainable_variables)
+
+    def save_to_preset(
+        self, preset_dir, max_shard_size=10, include_optimizer=False
+    ):
+        """Saves the model to a folder that `from_preset` loads.
+
+        Args:
+            preset_dir: str or path.
+            max_shard_size: int or float. Gigabytes of weights in one file.
+            include_optimizer: bool. Whether to save the optimizer's state,
+                for `load_optimizer`, to `optimizer.weights.h5`.
+
+        Raises:
+            ValueError: If `include_optimizer` and the optimizer has another
+                state than Adam's.
+        """
+        from keras_bwetaf.export import as_checkpoint
+
+        checkpoint = None
+        if include_optimizer:
+            checkpoint = as_checkpoint(self, include_optimizer=True)
+        super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+        _remove_older_files(Path(preset_dir), include_optimizer)
+        if checkpoint:
+            keras_folder.write_optimizer(Path(preset_dir), checkpoint)
+
+    def export_to_transformers(self, path, overwrite=False):
+        """Writes a folder that `transformers` loads, and what builds on it.
+
+        `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`
+        then computes the same logits in PyTorch, which is not needed to write
+        the folder. It is what `converters.convert(..., to="torch")` writes,
+        with the model and its tokenizer only.
+
+        Args:
+            path: str or path. The folder.
+            overwrite: bool. Whether a model folder may be replaced.
+
+        Raises:
+            ValueError: If the folder exists, or the model is quantized.
+        """
+        from keras_bwetaf.export import as_checkpoint
+
+        converters.write_checkpoint(
+            as_checkpoint(self), path, to="torch", overwrite=overwrite
+        )
+
+    def load_optimizer(self, source):
+        """Goes on with the optimizer's state of a checkpoint.
+
+        Load the weights of the same checkpoint with `from_preset`, compile
+        the model with `keras.optimizers.AdamW`, and then call this: `fit`
+        continues at the step at which the checkpoint was saved, with the
+        moments that it had. The optimizer's settings are not in a
+        checkpoint.
+
+        Args:
+            source: str or path. A folder of any format of `converters`, such
+                as the original's with its `make_stuff_better.pkl`, or
+                `"hf://owner/repo"`.
+
+        Raises:
+            ValueError: If there is no optimizer's state, it does not fit
+                the model, or the model has another optimizer.
+
+        Example:
+
+        ```python
+        lm = keras_bwetaf.from_preset("flax-folder", dtype="float32")
+        lm.compile(keras.optimizers.AdamW(schedule, weight_decay=0.1))
+        lm.load_optimizer("flax-folder")
+        lm.fit(texts)
+        ```
+        """
+        from keras_bwetaf.training import load_optimizer_state
+
+        checkpoint = converters.read_checkpoint(local_folder(source))
+        if checkpoint.optimizer is None:
+            raise ValueError(
+                "The checkpoint has no optimizer's state. Expected: one that "
+                "was saved with it. Received: "
+                f"source={os.fspath(source)!r}"
+            )
+        load_optimizer_state(
+            self,
+            {
+                name: tensor.array()  # A view of the file.
+                for name, tensor in checkpoint.optimizer.items()
+            },
+        )
 
     def head(self, hidden_states):
         """Logits of hidden states: their product with the embeddings."""
@@ -515,6 +611,22 @@ def _concatenate(batches):
         )
         for name in batches[0]
     }
+
+
+def _remove_older_files(folder, keep_optimizer):
+    """Removes what an earlier `save_to_preset` left, which would be loaded.
+
+    KerasHub writes one file of weights or shards, and leaves the others.
+    """
+    single = folder / keras_folder.WEIGHTS
+    index = folder / keras_folder.SHARDS
+    if single.exists() and index.exists():
+        newest = max(single, index, key=lambda path: path.stat().st_mtime_ns)
+        shards = [index, *folder.glob("model_?????.weights.h5")]
+        for path in shards if newest == single else [single]:
+            path.unlink()
+    if not keep_optimizer:
+        (folder / keras_folder.OPTIMIZER).unlink(missing_ok=True)
 
 
 def _as_texts(inputs):

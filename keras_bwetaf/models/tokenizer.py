@@ -144,6 +144,9 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
                 "Expected the JSON of a Hugging Face tokenizer. Received "
                 f"{len(content)} bytes that are not: {error}"
             ) from error
+        # What a transformers tokenizer was last called with is no part of it.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         if not isinstance(tokenizer.decoder, decoders.ByteLevel):
             raise ValueError(
                 "Expected a byte-level tokenizer. Received a tokenizer with "
@@ -208,6 +211,7 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
                 for token in specification["added_tokens"]
                 if not token["special"] or token["content"] in key
             ]
+            specification |= {"truncation": None, "padding": None}
             self._encoders[key] = tokenizers.Tokenizer.from_str(
                 json.dumps(specification)
             )
@@ -425,18 +429,24 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
             )
         return id
 
+    @property
+    def content(self):
+        """bytes. The tokenizer file, as it was read."""
+        self._check_loaded()
+        return self._content
+
     def save_assets(self, dir_path):
         """Writes the tokenizer file, the same bytes that were read.
 
         Args:
             dir_path: str. An existing folder.
         """
-        self._check_loaded()
+        content = self.content
         path = os.path.join(dir_path, TOKENIZER_FILE)
         partial = f"{path}.{uuid.uuid4().hex}.partial"
         try:
             with open(partial, "xb") as file:
-                file.write(self._content)
+                file.write(content)
             os.replace(partial, path)
         finally:
             if os.path.exists(partial):

@@ -390,6 +390,17 @@ def test_special_tokens(tokenizer):
     assert sorted(tokenizer.special_token_ids) == [0, 1]
 
 
+def test_what_transformers_was_called_with_is_no_part_of_it(original):
+    """It writes its last truncation and padding into the file."""
+    used = tokenizers.Tokenizer.from_str(original.tokenizer.to_str())
+    used.enable_truncation(4)
+    used.enable_padding(length=300)
+    text = "In the beginning God created the heaven and the earth."
+    expected = BwETAFTokenizer(original.tokenizer)(text)
+    np.testing.assert_array_equal(BwETAFTokenizer(used)(text), expected)
+    assert len(expected) > 4
+
+
 def test_assets_are_written_byte_for_byte(original, tmp_path):
     # Not the library's own layout, so that rewriting would show.
     content = json.dumps(json.loads(original.tokenizer.to_str()), indent=7)

@@ -1,0 +1,138 @@
+"""A live model -> the checkpoint that `converters` writes in any format."""
+
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+import converters
+from converters.bwetaf_v3 import tensors
+from converters.checkpoint import Checkpoint
+from converters.mapped import View
+from keras_bwetaf.training.optimizer_state import optimizer_state
+
+
+def as_checkpoint(lm, include_optimizer=False):
+    """A model as a checkpoint, whose tensors are copied when asked for.
+
+    LoRA's weights are merged into those that they belong to.
+
+    Args:
+        lm: `BwETAFCausalLM`.
+        include_optimizer: bool. Whether the state of its optimizer belongs
+            to it.
+
+    Returns:
+        `converters.checkpoint.Checkpoint`.
+
+    Raises:
+        ValueError: If the weights are quantized, or `include_optimizer` and
+            the optimizer's state cannot be expressed.
+    """
+    layers = list(lm.backbone._flatten_layers())
+    modes = {getattr(each, "quantization_mode", None) for each in layers}
+    if modes != {None}:
+        raise ValueError(
+            "Quantized weights have no place in a checkpoint of floats. "
+            "Export the model before it is quantized. Received: quantization "
+            f"{', '.join(sorted(map(str, modes - {None})))}"
+        )
+    tokenizer = lm.preprocessor and lm.preprocessor.tokenizer
+    config = converters.config_from_keras(
+        lm.backbone.get_config(),
+        dtype=lm.backbone.variable_dtype,
+        eos_token_id=tokenizer.end_token_id if tokenizer else 0,
+        source="the model",
+    )
+    variables = {variable.path: variable for variable in lm.backbone.weights}
+    low_rank = dict(filter(None, map(_low_rank, layers)))
+    weights = {
+        row.name: _Weight(variables[row.keras], low_rank.get(row.keras))
+        for row in tensors(config)
+    }
+    state = optimizer_state(lm) if include_optimizer else {}
+    return Checkpoint(
+        source="the model",
+        config=config,
+        tensors={name: View(weight) for name, weight in weights.items()},
+        optimizer={name: View(_Entry(state, name)) for name in state} or None,
+        tokenizer=tokenizer.content if tokenizer else None,
+        special_tokens={
+            "eos_token": tokenizer.end_token,
+            "unk_token": tokenizer.unk_token,
+        }
+        if tokenizer
+        else {},
+    )
+
+
+def _low_rank(layer):
+    """A layer's LoRA: the path of its variable, and a product to add to it."""
+    if not getattr(layer, "lora_enabled", False):
+        return None
+    name = "kernel" if hasattr(layer, "lora_kernel_a") else "embeddings"
+    return f"{layer.path}/{name}", (
+        layer.lora_alpha / layer.lora_rank,
+        getattr(layer, f"lora_{name}_a"),
+        getattr(layer, f"lora_{name}_b"),
+    )
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A variable in the place of a mapped tensor.
+
+    Args:
+        variable: `keras.Variable`.
+        low_rank: None, or a tuple of a factor and two variables, whose
+            product is added.
+    """
+
+    variable: keras.Variable
+    low_rank: tuple | None
+
+    @property
+    def dtype(self):
+        return np.dtype(self.variable.dtype)
+
+    @property
+    def shape(self):
+        return tuple(self.variable.shape)
+
+    def array(self):
+        value = self.variable
+        if self.low_rank:
+            scale, a, b = self.low_rank
+            product = keras.ops.matmul(a, b)
+            value = keras.ops.add(value, scale * product)
+        return keras.ops.convert_to_numpy(value)
+
+    def release(self):
+        pass
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A part of the optimizer's state in the place of a mapped tensor.
+
+    Args:
+        state: mapping of str to numpy array.
+        name: str.
+    """
+
+    state: dict
+    name: str
+
+    @property
+    def dtype(self):
+        return self.array().dtype
+
+    @property
+    def shape(self):
+        return self.array().shape
+
+    def array(self):
+        return self.state[self.name]
+
+    def release(self):
+        pass
