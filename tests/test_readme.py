@@ -20,7 +20,7 @@ def test_first_example_runs(monkeypatch, capsys):
         return small_lm()
 
     monkeypatch.setattr(keras_bwetaf, "from_preset", from_preset)
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     names = {}
     exec(example, names)
     assert asked == ["97m"] and "97m" in keras_bwetaf.list_presets()
