@@ -4,7 +4,7 @@ from keras_bwetaf import _environment  # noqa: F401, I001  must come first
 
 from importlib.metadata import version
 
-from keras_bwetaf import layers, models
+from keras_bwetaf import data, layers, models
 from keras_bwetaf.generation import BwETAFSampler
 from keras_bwetaf.models import (
     BwETAFBackbone,
@@ -23,6 +23,7 @@ __all__ = [
     "BwETAFCausalLMPreprocessor",
     "BwETAFSampler",
     "BwETAFTokenizer",
+    "data",
     "from_preset",
     "layers",
     "list_presets",

@@ -1,0 +1,13 @@
+"""From text to batches: sources, packing, loading."""
+
+from keras_bwetaf.data.loading import load_packed
+from keras_bwetaf.data.packing import PackingReport, pack
+from keras_bwetaf.data.sources import Documents, read_documents
+
+__all__ = [
+    "Documents",
+    "PackingReport",
+    "load_packed",
+    "pack",
+    "read_documents",
+]
