@@ -1,8 +1,11 @@
 """The command line: `keras-bwetaf generate` and `keras-bwetaf info`."""
 
+import contextlib
 import enum
 import math
+import signal
 import sys
+import threading
 from importlib.metadata import version
 from typing import Annotated
 
@@ -104,10 +107,28 @@ def generate(
         raise typer.BadParameter(str(error)) from error
     lm = keras_bwetaf.from_preset(preset, dtype=dtype, revision=revision)
     pieces = lm.stream(prompt, max_new_tokens=max_new_tokens, **settings)
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
+    with _interrupts() as interrupted:
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            if interrupted():
+                raise KeyboardInterrupt
+            print(piece, end="", flush=True)
     print()
+
+
+@contextlib.contextmanager
+def _interrupts():
+    """Yields a function that tells whether an interrupt came.
+
+    Raised by the signal itself, KeyboardInterrupt can end up in one of JAX's
+    callbacks, where Python prints and forgets it.
+    """
+    came = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @app.command()
