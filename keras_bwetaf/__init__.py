@@ -4,7 +4,7 @@ from keras_bwetaf import _environment  # noqa: F401, I001  must come first
 
 from importlib.metadata import version
 
-from keras_bwetaf import data, layers, models
+from keras_bwetaf import data, layers, models, training
 from keras_bwetaf.generation import BwETAFSampler
 from keras_bwetaf.models import (
     BwETAFBackbone,
@@ -14,6 +14,7 @@ from keras_bwetaf.models import (
     train_tokenizer,
 )
 from keras_bwetaf.presets import from_preset, list_presets
+from keras_bwetaf.training import recipe
 
 __version__ = version("keras-bwetaf")
 
@@ -28,5 +29,7 @@ __all__ = [
     "layers",
     "list_presets",
     "models",
+    "recipe",
     "train_tokenizer",
+    "training",
 ]

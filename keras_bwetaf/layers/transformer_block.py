@@ -1,7 +1,16 @@
+import jax
 import keras
 
 from keras_bwetaf.layers.rms_normalization import RMSNormalization
 from keras_bwetaf.layers.rounding import round_to
+
+# What is computed a second time for the gradient: nothing; what is not a
+# product with weights; everything.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "block": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -9,6 +18,10 @@ class TransformerBlock(keras.layers.Layer):
     """Pre-norm residual block around an attention and a feed-forward layer.
 
     `x = x + dropout(attention(norm(x)))`, then `x = x + feedforward(norm(x))`.
+
+    The attribute `remat` says what a training step computes a second time for
+    the gradient, instead of keeping it: `"none"`; `"block"`, everything but
+    products with weights; `"full"`, everything, from the block's input.
 
     Args:
         attention: layer. Called as `GroupedQueryAttention` is.
@@ -44,6 +57,20 @@ class TransformerBlock(keras.layers.Layer):
         self.dropout = dropout
         self.layer_norm_epsilon = layer_norm_epsilon
         self.input_precision = input_precision
+        self.remat = "none"
+
+    @property
+    def remat(self):
+        return self._remat
+
+    @remat.setter
+    def remat(self, value):
+        if value not in REMAT_POLICIES:
+            raise ValueError(
+                f"`remat` must be one of {list(REMAT_POLICIES)}. Received: "
+                f"remat={value!r}"
+            )
+        self._remat = value
 
     def build(self, input_shape):
         self.attention_norm = RMSNormalization(
@@ -75,6 +102,57 @@ class TransformerBlock(keras.layers.Layer):
         cache_index=None,
         attention_mask=None,
         training=None,
+    ):
+        if training and cache is None and self.remat != "none":
+            return self._rematerialized(hidden_states, padding_mask, positions)
+        return self._forward(
+            hidden_states,
+            training,
+            padding_mask=padding_mask,
+            positions=positions,
+            cache=cache,
+            cache_index=cache_index,
+            attention_mask=attention_mask,
+        )
+
+    def _rematerialized(self, hidden_states, padding_mask, positions):
+        """`call` in training, of which only a part is kept."""
+        # What a step counts, such as dropout's random state, is no float.
+        counters = [
+            variable
+            for variable in self.non_trainable_variables
+            if not keras.backend.is_float_dtype(variable.dtype)
+        ]
+
+        def forward(values, hidden_states):
+            mapping = zip(self.variables, values, strict=True)
+            with keras.StatelessScope(state_mapping=list(mapping)) as scope:
+                outputs = self._forward(
+                    hidden_states,
+                    training=True,
+                    padding_mask=padding_mask,
+                    positions=positions,
+                )
+            return outputs, [scope.get_current_value(v) for v in counters]
+
+        forward = jax.checkpoint(forward, policy=REMAT_POLICIES[self.remat])
+        outputs, counts = forward(
+            [variable.value for variable in self.variables], hidden_states
+        )
+        for variable, count in zip(counters, counts, strict=True):
+            variable.assign(count)
+        return outputs
+
+    def _forward(
+        self,
+        hidden_states,
+        training,
+        *,
+        padding_mask=None,
+        positions=None,
+        cache=None,
+        cache_index=None,
+        attention_mask=None,
     ):
         if self.input_precision is not None:
             hidden_states = round_to(hidden_states, self.input_precision)

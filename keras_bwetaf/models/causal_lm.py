@@ -26,6 +26,8 @@ from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
 )
+from keras_bwetaf.training import train_step
+from keras_bwetaf.training.metrics import TokenMetrics
 
 # Often enough that a keyboard interrupt is answered within a second or two,
 # seldom enough to cost nothing.
@@ -81,40 +83,122 @@ class BwETAFCausalLM(CausalLM):
         optimizer="auto",
         loss="auto",
         *,
+        metrics=None,
         weighted_metrics="auto",
         sampler="auto",
+        remat="none",
+        gradient_accumulation_steps=1,
         **kwargs,
     ):
         """Configures training and generation.
 
+        The default loss is the mean cross-entropy of the next token. Head and
+        loss are computed together, a part of a row at a time, so that the
+        logits of a batch never exist at once. `fit` and `evaluate` report
+        `loss`, `accuracy` and `perplexity`, each a mean over tokens. A loss
+        or metrics of your own see all the logits, as in every Keras model.
+
         Args:
-            optimizer: See `keras_hub.models.CausalLM.compile`.
-            loss: See `keras_hub.models.CausalLM.compile`.
-            weighted_metrics: See `keras_hub.models.CausalLM.compile`.
+            optimizer: See `keras_hub.models.CausalLM.compile`, and
+                `keras_bwetaf.training.recipe`.
+            loss: `"auto"`, or what `keras.Model.compile` takes.
+            metrics: See `keras.Model.compile`.
+            weighted_metrics: `"auto"`, `None`, or what
+                `keras.Model.compile` takes.
             sampler: `"auto"`, the card's temperature 0.8 and top-p 0.92; a
                 `BwETAFSampler`; or a KerasHub sampler or the name of one.
+            remat: str. What to compute a second time for the gradient,
+                instead of keeping it: `"none"`; `"block"`, all of a block
+                but its products with weights; `"full"`, all of a block.
+            gradient_accumulation_steps: int. Into how many parts a batch is
+                split, whose gradients are added up before the optimizer's
+                step. The result is that of the whole batch, in less memory.
             **kwargs: See `keras.Model.compile`.
 
         Raises:
-            ValueError: If the sampler is one that this model can't use.
+            ValueError: If the sampler is one that this model can't use, an
+                argument is out of range, or gradients would be averaged over
+                batches regardless of how many tokens these have.
         """
         if isinstance(sampler, str) and sampler == "auto":
             sampler = BwETAFSampler()
         sampler = keras_hub.samplers.get(sampler)
         if not isinstance(sampler, BwETAFSampler):
             sampler = from_keras_hub(sampler)
+        _check_positive_int(
+            "gradient_accumulation_steps", gradient_accumulation_steps
+        )
+        fuses_head_and_loss = _is_auto(loss) and not metrics
+        fuses_head_and_loss &= weighted_metrics is None or _is_auto(
+            weighted_metrics
+        )
+        if fuses_head_and_loss:
+            _check_accumulation(optimizer)
+        elif gradient_accumulation_steps > 1:
+            raise ValueError(
+                "`gradient_accumulation_steps` needs the default loss and "
+                "metrics, which are weighted by tokens. Received: "
+                f"gradient_accumulation_steps={gradient_accumulation_steps}, "
+                f"loss={loss!r}, metrics={metrics!r}, "
+                f"weighted_metrics={weighted_metrics!r}"
+            )
+        elif _is_auto(loss):
+            loss = keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, reduction="mean_with_sample_weight"
+            )
+        for block in self.backbone.transformer_layers:
+            block.remat = remat
+        self.remat = remat
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.fuses_head_and_loss = fuses_head_and_loss
+        self.token_metrics = TokenMetrics(
+            fuses_head_and_loss and weighted_metrics is not None
+        )
+        # Keras would keep those of the last call where there are none now.
+        self.loss = self._compile_loss = self._compile_metrics = None
         super().compile(
             optimizer=optimizer,
-            loss=loss,
-            weighted_metrics=weighted_metrics,
+            loss=None if fuses_head_and_loss else loss,
+            metrics=metrics,
+            weighted_metrics=None if fuses_head_and_loss else weighted_metrics,
             sampler=sampler,
             **kwargs,
         )
+
+    @property
+    def metrics(self):
+        metrics = super().metrics
+        return (
+            metrics + self.token_metrics.metrics if self.compiled else metrics
+        )
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        if isinstance(x, dict) and "token_ids" in x:  # They are token ids.
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return super().preprocess_samples(x, y, sample_weight)
+
+    def train_step(self, state, data):
+        if not self.fuses_head_and_loss:
+            return super().train_step(state, data)
+        return train_step.train_step(self, state, data)
+
+    def test_step(self, state, data):
+        if not self.fuses_head_and_loss:
+            return super().test_step(state, data)
+        return train_step.test_step(self, state, data)
 
     def get_compile_config(self):
         config = super().get_compile_config()
         if config is not None:
             config["sampler"] = keras_hub.samplers.serialize(self.sampler)
+            config["remat"] = self.remat
+            config["gradient_accumulation_steps"] = (
+                self.gradient_accumulation_steps
+            )
+            if self.fuses_head_and_loss:
+                config["loss"] = "auto"
+                has_metrics = bool(self.token_metrics.metrics)
+                config["weighted_metrics"] = "auto" if has_metrics else None
         return config
 
     def compile_from_config(self, config):
@@ -172,10 +256,10 @@ class BwETAFCausalLM(CausalLM):
         """Goes on with the optimizer's state of a checkpoint.
 
         Load the weights of the same checkpoint with `from_preset`, compile
-        the model with `keras.optimizers.AdamW`, and then call this: `fit`
-        continues at the step at which the checkpoint was saved, with the
-        moments that it had. The optimizer's settings are not in a
-        checkpoint.
+        the model with `keras_bwetaf.training.recipe` or another AdamW, and
+        then call this: `fit` continues at the step at which the checkpoint
+        was saved, with the moments that it had. The optimizer's settings are
+        not in a checkpoint.
 
         Args:
             source: str or path. A folder of any format of `converters`, such
@@ -569,6 +653,28 @@ class BwETAFCausalLM(CausalLM):
         sampler = BwETAFSampler(**{**config, **sampling})
         seed = sampler.seed if seed is None else seed
         return SamplingSettings.of(sampler, _seeds(seed, num_rows))
+
+
+def _is_auto(value):
+    return isinstance(value, str) and value == "auto"
+
+
+def _check_accumulation(optimizer):
+    """Checks that the optimizer leaves accumulation to the model.
+
+    Raises:
+        ValueError: If it averages batches that have unequal numbers of tokens.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    steps = getattr(optimizer, "gradient_accumulation_steps", None)
+    if steps:
+        raise ValueError(
+            "Keras's optimizers average the gradients of batches, whatever "
+            "number of tokens they have. Pass `gradient_accumulation_steps` "
+            "to `compile`, which weighs by tokens, and make the batches as "
+            "many times larger. Received: an optimizer with "
+            f"gradient_accumulation_steps={steps}"
+        )
 
 
 def _check_positive_int(name, value):

@@ -17,7 +17,6 @@ import numpy as np
 import converters
 from converters import bwetaf_v3
 from converters.errors import refuse
-from keras_bwetaf.models.causal_lm import BwETAFCausalLM
 
 STEP = "step"
 LARGEST_STEP = np.iinfo("int32").max
@@ -39,7 +38,8 @@ def load_optimizer_state(model, state):
     Optax adds epsilon after it has corrected the second moment's bias, and
     Keras before. So at step `t`, Keras's epsilon acts as one that is larger
     by `1 / sqrt(1 - beta_2**t)`: 7 times at the first step for a `beta_2` of
-    0.98, 1.00 times from step 300 on.
+    0.98, 1.00 times from step 300 on. `keras_bwetaf.training.AdamW`, which
+    recipes are made of, does as optax.
 
     Args:
         model: `BwETAFCausalLM`, compiled with `keras.optimizers.Adam` or
@@ -152,6 +152,8 @@ def _adam(model):
     Raises:
         ValueError: If it has none, or one with more state than Adam's own.
     """
+    from keras_bwetaf.models.causal_lm import BwETAFCausalLM
+
     if not isinstance(model, BwETAFCausalLM):
         raise ValueError(
             "Expected a BwETAFCausalLM, whose weights have canonical names. "

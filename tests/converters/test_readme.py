@@ -6,7 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import keras
 import pytest
 import torch
 
@@ -53,6 +52,6 @@ def test_transformers(in_folder, remote_code):
 
 
 def test_training_goes_on(in_folder):
-    names = {"keras": keras, "keras_bwetaf": keras_bwetaf}
+    names = {"keras_bwetaf": keras_bwetaf}
     exec(example("python", 1), names)
     assert int(names["lm"].optimizer.iterations) == 7

@@ -1,0 +1,277 @@
+"""Trained tokens per second, next to the peers and to a bare loop.
+
+    python -m benchmarks.train [--steps 10] [--rounds 3] [--batch 2]
+        [--length 512]
+
+All models have the card's configuration, random float32 weights, the same
+packed rows and AdamW, and no dropout. In a first process they take turns, so
+that a change in the machine's speed meets all. Then each runs alone in a
+process of its own, whose peak memory is measured.
+
+- keras_bwetaf, fit: `lm.fit` with the recipe.
+- keras_bwetaf, bare step: the same compiled step in a loop, without Keras's
+  trainer: what `fit` could be at most.
+- BwETAF 0.6: its `loss_fn` and optax's AdamW in one jitted step. Its package
+  has no training loop.
+- KerasHub Llama, fit: a model of the same size, as KerasHub trains it.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import jax
+import keras_hub
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import keras_bwetaf
+from keras_bwetaf.presets import PRESETS
+from keras_bwetaf.training import recipe
+
+import keras  # isort: skip  after keras_bwetaf, which chooses the backend
+
+CARD = {**PRESETS["97m"]["config"], "dropout": 0.0}
+TOTAL_STEPS = 1000
+OURS = "keras_bwetaf, fit"
+
+
+def packed_rows(arguments):
+    """Rows in which a document ends after every hundredth token or so."""
+    rng = np.random.default_rng(0)
+    shape = (arguments.batch * arguments.steps, arguments.length)
+    token_ids = rng.integers(1, CARD["vocabulary_size"], shape, "int32")
+    token_ids[rng.random(shape) < 0.01] = 0
+    ends = (token_ids == 0).astype("int32")
+    documents = 1 + np.cumsum(ends, axis=1, dtype="int32") - ends
+    return {"token_ids": token_ids, "padding_mask": documents}
+
+
+def our_model():
+    lm = keras_bwetaf.BwETAFCausalLM(keras_bwetaf.BwETAFBackbone(**CARD))
+    lm.compile(recipe("97m", TOTAL_STEPS, moments_dtype="float32"))
+    return lm
+
+
+def fit(x, arguments):
+    lm = our_model()
+
+    def run():
+        lm.fit(x, batch_size=arguments.batch, verbose=0)
+
+    return run
+
+
+def bare_step(x, arguments):
+    lm = our_model()
+    lm.optimizer.build(lm.trainable_variables)
+    step = jax.jit(lm.train_step, donate_argnums=0)
+    # Donated: the model's variables are of no use after the first step.
+    state = tuple(
+        [variable.value for variable in variables]
+        for variables in (
+            lm.trainable_variables,
+            lm.non_trainable_variables,
+            lm.optimizer.variables,
+            lm.metrics_variables,
+        )
+    )
+
+    def run():
+        nonlocal state
+        for batch in batches(x, arguments.batch):
+            logs, state = step(state, batch)
+        jax.block_until_ready(logs)
+
+    return run
+
+
+def original(x, arguments):
+    with (
+        mock.patch("tiktoken.get_encoding"),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        from BwETAF._utils import loss_fn
+        from BwETAF.independent import create_lr_schedule
+        from BwETAF.model.model import ModelManager
+
+        manager = ModelManager(
+            num_heads=CARD["num_query_heads"],
+            attention_dim=CARD["hidden_dim"],
+            vocab_size=CARD["vocabulary_size"],
+            num_blocks=CARD["num_layers"],
+            ff_dim=CARD["intermediate_dim"],
+            dropout_rate=0.0,
+            max_len=CARD["max_sequence_length"],
+            gqa_repeats=2,
+            emb_init_range=CARD["embedding_initializer_range"],
+            dtype=jax.numpy.float32,
+        )
+        schedule = create_lr_schedule(
+            peaklr=1.5e-3,
+            min_warmup_value=6e-4,
+            min_value=1.8e-4,
+            warmup_percent=0.02,
+            total_steps=TOTAL_STEPS,
+            training_decay="cosine",
+        )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(7.0),
+        optax.adamw(schedule, b1=0.95, b2=0.98, eps=1.5e-8, weight_decay=0.1),
+    )
+    struct, key = manager.model_struct, manager.key
+
+    def step(state, token_ids):
+        params, moments = state
+        batch = token_ids, jax.numpy.ones_like(token_ids), token_ids
+        loss, gradients = jax.value_and_grad(loss_fn)(
+            params, struct, batch, key
+        )
+        updates, moments = optimizer.update(gradients, moments, params)
+        return loss, (optax.apply_updates(params, updates), moments)
+
+    step = jax.jit(step, donate_argnums=0)
+    state = manager.params, optimizer.init(manager.params)
+    manager.params = None
+
+    def run():
+        nonlocal state
+        for batch in batches(x, arguments.batch):
+            loss, state = step(state, batch["token_ids"])
+        loss.block_until_ready()
+
+    return run
+
+
+def llama(x, arguments):
+    names = (
+        "vocabulary_size",
+        "num_layers",
+        "num_query_heads",
+        "num_key_value_heads",
+        "hidden_dim",
+        "intermediate_dim",
+    )
+    backbone = keras_hub.models.LlamaBackbone(
+        **{name: CARD[name] for name in names}, tie_word_embeddings=True
+    )
+    lm = keras_hub.models.LlamaCausalLM(backbone)
+    lm.compile(
+        keras.optimizers.AdamW(
+            recipe("97m", TOTAL_STEPS)._learning_rate,
+            beta_1=0.95,
+            beta_2=0.98,
+            weight_decay=0.1,
+            global_clipnorm=7.0,
+        )
+    )
+    # It knows no documents.
+    mask = np.ones_like(x["padding_mask"])
+    inputs = {"token_ids": x["token_ids"], "padding_mask": mask}
+    y = np.roll(x["token_ids"], -1, axis=1)
+
+    def run():
+        lm.fit(inputs, y, batch_size=arguments.batch, verbose=0)
+
+    return run
+
+
+RUNS = {
+    OURS: fit,
+    "keras_bwetaf, bare step": bare_step,
+    "BwETAF 0.6, jitted step with optax": original,
+    "KerasHub Llama, fit": llama,
+}
+
+
+def batches(x, size):
+    for start in range(0, len(x["token_ids"]), size):
+        yield {name: rows[start : start + size] for name, rows in x.items()}
+
+
+def timed(run):
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak_memory():
+    """The most memory that this process has held, in MiB."""
+    status = Path("/proc/self/status").read_text()
+    line = next(x for x in status.splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def memory_alone(name, arguments):
+    """Peak memory of one of `RUNS` in a process of its own, in MiB."""
+    command = [sys.executable, "-m", "benchmarks.train", "--only", name]
+    for option in ("steps", "batch", "length"):
+        command += [f"--{option}", str(getattr(arguments, option))]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--only", choices=RUNS, help="print its peak memory")
+    arguments = parser.parse_args()
+    x = packed_rows(arguments)
+
+    if arguments.only:
+        RUNS[arguments.only](x, arguments)()
+        print(json.dumps(peak_memory()))
+        return
+
+    console = Console()
+    memory = {}
+    for name in RUNS:
+        console.print(f"peak memory of {name}")
+        memory[name] = memory_alone(name, arguments)
+    runs = {name: make(x, arguments) for name, make in RUNS.items()}
+    first = {}
+    seconds = {name: [] for name in runs}
+    for round_ in range(arguments.rounds + 1):
+        console.print(f"round {round_} of {arguments.rounds}")
+        for name, run in runs.items():
+            elapsed = timed(run)
+            if round_ == 0:
+                first[name] = elapsed
+            else:
+                seconds[name].append(elapsed)
+
+    table = Table(
+        title=f"97M, float32, batch {arguments.batch} x {arguments.length}, "
+        f"median of {arguments.rounds} times {arguments.steps} steps, on "
+        f"{jax.devices()[0].device_kind}"
+    )
+    for column in ("", "tokens/s", "first round, s", "fit is", "peak MiB"):
+        table.add_column(column, justify="left" if not column else "right")
+    speed = {
+        name: x["token_ids"].size / np.median(times)
+        for name, times in seconds.items()
+    }
+    for name in runs:
+        table.add_row(
+            name,
+            f"{speed[name]:.0f}",
+            f"{first[name]:.1f}",
+            f"{speed[OURS] / speed[name]:.2f} x",
+            f"{memory[name]:.0f}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The settings that the published models were trained with."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_bwetaf.training.optimizer import AdamW
+
+RECIPES = {
+    "97m": {
+        "initial_learning_rate": 6e-4,
+        "peak_learning_rate": 1.5e-3,
+        "final_learning_rate": 1.8e-4,
+        "warmup": 0.02,
+        "decay": "cosine",
+        "beta_1": 0.95,
+        "beta_2": 0.98,
+        "epsilon": 1.5e-8,
+        "weight_decay": 0.1,
+        "decay_vectors": True,
+        "moments_dtype": "bfloat16",
+        "global_clipnorm": 7.0,
+    },
+}
+DECAYS = ("cosine", "linear")
+
+
+def recipe(name, total_steps, **changes):
+    """The optimizer that a published model was trained with.
+
+    `"97m"` is the card's: AdamW on all weights, norms and biases included,
+    with moments in bfloat16, gradients clipped to a norm of 7, and a learning
+    rate that rises from 6e-4 to 1.5e-3 in the first 2% of the steps and falls
+    to 1.8e-4 along a cosine.
+
+    Args:
+        name: str. `"97m"`.
+        total_steps: int. Steps of the whole training.
+        **changes: Settings that replace the recipe's:
+            `initial_learning_rate`, `peak_learning_rate`,
+            `final_learning_rate`; `warmup`, the share of steps at the
+            beginning; `decay`, `"cosine"` or `"linear"`; and arguments of
+            `AdamW`, such as `decay_vectors=False` for the usual weight decay
+            without norms and biases, or `moments_dtype="float32"`.
+
+    Returns:
+        `AdamW`, for `compile`.
+
+    Raises:
+        ValueError: If there is no such recipe, or a setting is out of range.
+
+    Example:
+
+    ```python
+    lm.compile(recipe("97m", total_steps=10_000))
+    lm.fit(dataset)
+    ```
+    """
+    if name not in RECIPES:
+        raise ValueError(
+            f"There are recipes for {sorted(RECIPES)}. Received: name={name!r}"
+        )
+    settings = {**RECIPES[name], **changes}
+    schedule = {
+        key: settings.pop(key)
+        for key in (
+            "initial_learning_rate",
+            "peak_learning_rate",
+            "final_learning_rate",
+            "decay",
+        )
+    }
+    warmup = settings.pop("warmup")
+    if not 0 <= warmup < 1:
+        raise ValueError(
+            "`warmup` is a share of the steps, at least 0 and less than 1. "
+            f"Received: warmup={warmup}"
+        )
+    return AdamW(
+        WarmupDecay(
+            warmup_steps=int(warmup * total_steps),
+            total_steps=total_steps,
+            **schedule,
+        ),
+        **settings,
+    )
+
+
+@keras.saving.register_keras_serializable(package="keras_bwetaf")
+class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning rate that rises along a line and falls along a curve.
+
+    Args:
+        initial_learning_rate: float. At step 0, if there is a warm-up.
+        peak_learning_rate: float. At step `warmup_steps`.
+        final_learning_rate: float. From step `total_steps` on.
+        warmup_steps: int.
+        total_steps: int. Greater than `warmup_steps`.
+        decay: `"cosine"` or `"linear"`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        initial_learning_rate,
+        peak_learning_rate,
+        final_learning_rate,
+        warmup_steps,
+        total_steps,
+        decay="cosine",
+    ):
+        if not 0 <= warmup_steps < total_steps:
+            raise ValueError(
+                "`total_steps` must be greater than `warmup_steps`, and that "
+                f"not negative. Received: total_steps={total_steps}, "
+                f"warmup_steps={warmup_steps}"
+            )
+        if decay not in DECAYS:
+            raise ValueError(
+                f"`decay` must be one of {DECAYS}. Received: decay={decay!r}"
+            )
+        self.initial_learning_rate = initial_learning_rate
+        self.peak_learning_rate = peak_learning_rate
+        self.final_learning_rate = final_learning_rate
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.decay = decay
+
+    def __call__(self, step):
+        step = ops.cast(step, "float32")
+        peak = self.peak_learning_rate
+        risen = step / max(self.warmup_steps, 1)
+        rate = self.initial_learning_rate
+        warming_up = rate + (peak - rate) * risen
+        decay_steps = self.total_steps - self.warmup_steps
+        fallen = ops.clip((step - self.warmup_steps) / decay_steps, 0.0, 1.0)
+        if self.decay == "cosine":
+            fallen = 0.5 * (1 - ops.cos(fallen * math.pi))
+        falling = peak + (self.final_learning_rate - peak) * fallen
+        return ops.where(step < self.warmup_steps, warming_up, falling)
+
+    def get_config(self):
+        return {
+            "initial_learning_rate": self.initial_learning_rate,
+            "peak_learning_rate": self.peak_learning_rate,
+            "final_learning_rate": self.final_learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "total_steps": self.total_steps,
+            "decay": self.decay,
+        }

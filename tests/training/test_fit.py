@@ -1,0 +1,568 @@
+"""`fit` with head and loss in one: parity, isolation, memory, metrics."""
+
+import math
+import re
+
+import grain
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+
+from keras_bwetaf import (
+    BwETAFBackbone,
+    BwETAFCausalLM,
+    BwETAFCausalLMPreprocessor,
+    train_tokenizer,
+)
+from keras_bwetaf.layers import TransformerBlock
+from keras_bwetaf.training import recipe
+from tests import original
+from tests.parity import document_numbers, port, relative_l2
+from tests.training.test_optimizer_state import ADAM, schedule
+
+TINY = dict(
+    num_heads=4,
+    attention_dim=32,
+    vocab_size=64,
+    num_blocks=2,
+    ff_dim=48,
+    gqa_repeats=2,
+    max_len=64,
+    dropout_rate=0.0,
+)
+
+
+def rows(num_rows, length=32, vocabulary_size=64, seed=0):
+    """Packed rows of counting numbers, which a model can learn."""
+    rng = np.random.default_rng(seed)
+    start = rng.integers(0, vocabulary_size, (num_rows, 1))
+    token_ids = (start + np.arange(length)) % vocabulary_size
+    noise = rng.integers(0, vocabulary_size, token_ids.shape)
+    token_ids = np.where(rng.random(token_ids.shape) < 0.1, noise, token_ids)
+    return token_ids.astype("int32")
+
+
+def packed(token_ids):
+    return {
+        "token_ids": token_ids,
+        "padding_mask": document_numbers(token_ids).astype("int32"),
+    }
+
+
+def uneven(num_rows=8, **arguments):
+    """Rows with padding: 3 to all tokens of each."""
+    x = packed(rows(num_rows, **arguments))
+    length = x["token_ids"].shape[1]
+    lengths = np.linspace(3, length, num_rows).astype("int32")[:, None]
+    x["padding_mask"] *= np.arange(length) < lengths
+    return x
+
+
+def make_lm(
+    optimizer=None,
+    dtype="float32",
+    dropout=0.0,
+    vocabulary_size=64,
+    **compile_arguments,
+):
+    keras.utils.set_random_seed(0)
+    backbone = BwETAFBackbone(
+        vocabulary_size=vocabulary_size,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=32,
+        intermediate_dim=48,
+        max_sequence_length=64,
+        initializer_range=0.1,
+        dropout=dropout,
+        dtype=dtype,
+    )
+    lm = BwETAFCausalLM(backbone)
+    lm.compile(optimizer or keras.optimizers.SGD(1e5), **compile_arguments)
+    return lm
+
+
+def step(lm, x, *labels):
+    """The gradients of a step, scaled, and its logs. Weights stay as they are.
+
+    Plain descent at so high a rate that a change is not lost in the weight.
+    """
+    before = lm.get_weights()
+    logs = lm.train_on_batch(x, *labels, return_dict=True)
+    after = lm.get_weights()
+    lm.set_weights(before)
+    return [b - a for a, b in zip(before, after, strict=True)], logs
+
+
+def without_rounding(lm):
+    """The same model, with an embedding that is not rounded to bfloat16.
+
+    Its gradient is rounded with it, which makes a difference in the last
+    place of a sum into one of 1/256, here and there.
+    """
+    block = lm.backbone.transformer_layers[0]
+    block.input_precision = block.attention_norm.precision = None
+    return lm
+
+
+def assert_close(received, expected, tolerance=1e-6):
+    for ours, theirs in zip(received, expected, strict=True):
+        if theirs.dtype.kind == "f" and theirs.any():
+            assert relative_l2(ours, theirs) < tolerance
+
+
+# === The original ===
+
+
+def manager(dtype, seed):
+    """The original's own initial weights in float32, random ones otherwise.
+
+    Both round the embedding to bfloat16, so once in a while a difference in
+    the last place becomes one of 1/256. A model with weights as small as at
+    the beginning of a training does not blow it up.
+    """
+    model = original.manager(dtype, seed, **TINY)
+    if dtype == "float32":
+        shape = (2, 8)
+        model.params = model.model_struct.clone(param_init_rage=0.01).init(
+            model.key, jnp.ones(shape), jnp.ones(shape)
+        )
+    return model
+
+
+def their_losses(dtype, seed, num_steps):
+    """The original's loss function, run as it is written, under optax."""
+    model = manager(dtype, seed)
+    model.training_setup(
+        optax.adamw, {**schedule(200), **ADAM, "opt_dtype": jnp.dtype(dtype)}
+    )
+    clip = optax.clip_by_global_norm(7.0)
+    update = jax.jit(model.optimizer.optimizer.update)
+    params, state = model.params, model.optimizer.state
+    losses = []
+    for batch in np.split(rows(2 * num_steps), num_steps):
+        batch = jnp.asarray(batch)
+        with jax.disable_jit():
+            loss, gradients = model.grad_fn(
+                params,
+                model.model_struct,
+                (batch, jnp.ones_like(batch), batch),
+                model.key,
+            )
+        gradients, _ = clip.update(gradients, clip.init(params))
+        updates, state = update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+    return np.array(losses)
+
+
+def our_losses(dtype, seed, num_steps):
+    """As many epochs as steps, so that the history has each loss."""
+    lm = port(manager(dtype, seed), dtype)
+    lm.compile(recipe("97m", 200, moments_dtype=dtype))
+    history = lm.fit(
+        packed(rows(2 * num_steps)),
+        batch_size=2,
+        epochs=num_steps,
+        steps_per_epoch=1,
+        verbose=0,
+    )
+    return np.array(history.history["loss"])
+
+
+def test_follows_the_original():
+    expected = their_losses("float32", 0, 20)
+    received = our_losses("float32", 0, 20)
+    differences = np.abs(received / expected - 1)
+    print(
+        f"loss {expected[0]:.4f} to {expected[-1]:.4f}, differs by at most "
+        f"{differences.max():.1e}"
+    )
+    assert len(received) == 20
+    assert expected[-1] < 0.998 * expected[0]
+    assert differences.max() < 1e-5
+
+
+def test_follows_the_original_in_bfloat16():
+    expected, other = (their_losses("bfloat16", seed, 6) for seed in (0, 1))
+    received = our_losses("bfloat16", 0, 6)
+    noise = np.abs(other - expected).mean()
+    difference = np.abs(received - expected).mean()
+    print(f"differs by {difference:.4f}, two seeds by {noise:.4f}")
+    assert difference < noise
+
+
+# === Documents in one row ===
+
+
+def two_documents(change=None):
+    """Document 1 is tokens 0 to 9 of each row, document 2 the rest."""
+    token_ids = np.maximum(rows(2, seed=3), 1)
+    token_ids[:, 9] = 0
+    if change is not None:
+        token_ids[:, change] = 1 + (token_ids[:, change] + 7) % 63
+    return {
+        "token_ids": token_ids,
+        "padding_mask": np.where(np.arange(32) < 10, 1, 2)
+        * np.ones((2, 1), int),
+    }
+
+
+def second_only(x):
+    """Labels and weights of the predictions made in document 2."""
+    y = np.roll(x["token_ids"], -1, axis=1)
+    weights = np.zeros(y.shape, "float32")
+    weights[:, 10:-1] = 1
+    return x, y, weights
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_document_does_not_see_another(remat):
+    lm = make_lm(remat=remat)
+    start = lm.get_weights()
+    x, other = two_documents(), two_documents(change=slice(0, 9))
+    logits = lm.predict(x, verbose=0)
+    others = lm.predict(other, verbose=0)
+    np.testing.assert_array_equal(logits[:, 10:], others[:, 10:])
+    assert (logits[:, :9] != others[:, :9]).any()
+
+    change, logs = step(lm, *second_only(x))
+    lm.set_weights(start)
+    changed, other_logs = step(lm, *second_only(other))
+    assert logs["loss"] == other_logs["loss"]
+    for one, two in zip(change, changed, strict=True):
+        np.testing.assert_array_equal(one, two)
+        assert one.any()
+
+    # What it does see makes a difference, and so would a plain mask.
+    lm.set_weights(start)
+    lm.reset_metrics()
+    within = two_documents(change=slice(12, 13))
+    assert (step(lm, *second_only(within))[0][1] != change[1]).any()
+    for inputs in (x, other):
+        inputs["padding_mask"] = np.ones((2, 32), "int32")
+    changes = []
+    for inputs in (x, other):
+        lm.set_weights(start)
+        changes.append(step(lm, *second_only(inputs))[0])
+    assert (changes[0][1] != changes[1][1]).any()
+
+
+# === Accumulation, rematerialisation ===
+
+
+@pytest.mark.parametrize("parts", [3, 8])
+def test_accumulation_weighs_by_tokens(parts):
+    """8 rows in 3 parts leave one of these short."""
+    x = uneven()
+    whole = without_rounding(make_lm())
+    expected, expected_logs = step(whole, x)
+    lm = without_rounding(make_lm(gradient_accumulation_steps=parts))
+    received, logs = step(lm, x)
+    assert_close(received, expected)
+    for name, value in expected_logs.items():
+        assert abs(logs[name] / value - 1) < 1e-6, name
+
+    # The mean of the rows' means is something else.
+    means = [
+        step(whole, {name: array[i : i + 1] for name, array in x.items()})[0]
+        for i in range(8)
+    ]
+    mean = sum(change[0] for change in means) / 8
+    assert relative_l2(mean, expected[0]) > 0.01
+
+
+def test_accumulation_draws_new_dropout_in_every_part():
+    x = {name: np.repeat(x[:1], 2, axis=0) for name, x in uneven(2).items()}
+    x["padding_mask"][:] = 1
+    once, _ = step(make_lm(dropout=0.5), {name: x[:1] for name, x in x.items()})
+    twice, _ = step(make_lm(dropout=0.5, gradient_accumulation_steps=2), x)
+    assert relative_l2(twice[0], once[0]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("remat", "dtype", "tolerance"),
+    [
+        ("block", "float32", 1e-6),
+        ("full", "float32", 1e-6),
+        ("full", "mixed_bfloat16", 3e-2),  # It rounds at other places.
+    ],
+)
+def test_remat_changes_no_gradient(remat, dtype, tolerance):
+    x = uneven()
+    plain = without_rounding(make_lm(dropout=0.2, dtype=dtype))
+    lm = without_rounding(make_lm(dropout=0.2, dtype=dtype, remat=remat))
+    assert {b.remat for b in lm.backbone.transformer_layers} == {remat}
+    changes = []
+    for _ in range(2):
+        expected, _ = step(plain, x)
+        received, _ = step(lm, x)
+        assert_close(received, expected, tolerance)
+        changes.append(received[0])
+    # The second step has new random numbers.
+    assert relative_l2(*changes) > 0.01
+    state = [v for v in lm.non_trainable_variables if "seed" in v.path]
+    assert state and all(int(v.value[1]) > 0 for v in state)
+
+
+def compiled_step(lm, x):
+    lm.optimizer.build(lm.trainable_variables)
+    state = [
+        [variable.value for variable in variables]
+        for variables in (
+            lm.trainable_variables,
+            lm.non_trainable_variables,
+            lm.optimizer.variables,
+            lm.metrics_variables,
+        )
+    ]
+    return jax.jit(lm.train_step).lower(tuple(state), x).compile()
+
+
+def test_remat_recomputes():
+    """A step counts more operations the less is kept."""
+    x = packed(rows(2, length=64))
+    flops = [
+        compiled_step(make_lm(remat=remat), x).cost_analysis()["flops"]
+        for remat in ("none", "block", "full")
+    ]
+    assert flops[0] < flops[1] < flops[2]
+
+
+def test_loss_scaling_is_undone():
+    x = uneven()
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(1e5), initial_scale=1024.0
+    )
+    expected, _ = step(without_rounding(make_lm()), x)
+    received, logs = step(without_rounding(make_lm(optimizer)), x)
+    assert_close(received, expected)
+    assert 3 < logs["loss"] < 6
+
+
+# === Memory ===
+
+
+def arrays(compiled):
+    """Dtype and shape of what is in memory: fused loops keep nothing."""
+    found, is_fused = [], False
+    for line in compiled.as_text().splitlines():
+        if line.endswith("{"):
+            is_fused = "fused" in line.split("(")[0]
+        elif not is_fused and " = " in line:
+            results = line.split(" = ")[1].split("(%")[0]
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", results):
+                shape = tuple(map(int, dims.split(",")))
+                found.append((dtype, shape))
+    return found
+
+
+PRIME = 509  # A vocabulary that no other dimension is a multiple of.
+
+
+def large_arrays(lm, x):
+    """Arrays with a dimension for each token of the vocabulary, but tables."""
+    return {
+        (dtype, shape)
+        for dtype, shape in arrays(compiled_step(lm, x))
+        if any(dim % PRIME == 0 for dim in shape)
+        and math.prod(shape) > PRIME * lm.backbone.hidden_dim
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_no_array_of_all_logits_and_no_one_hot(dtype):
+    batch, length = 8, 64
+    x = packed(rows(batch, length))
+    all_logits = batch * length * PRIME
+    one_chunk = all_logits // 8
+
+    def largest(kinds, found):
+        return max(math.prod(shape) for kind, shape in found if kind in kinds)
+
+    lm = make_lm(dtype=dtype, vocabulary_size=PRIME)
+    found = large_arrays(lm, x)
+    assert largest({"f32", "bf16"}, found) <= one_chunk
+    # A one-hot array would be one more of bools, ints or floats.
+    assert not {kind for kind, _ in found} - {"f32", "bf16"}
+
+    # The plain path is seen to have both.
+    lm = make_lm(dtype=dtype, vocabulary_size=PRIME, metrics=["accuracy"])
+    y = np.roll(x["token_ids"], -1, axis=1)
+    found = large_arrays(lm, (x, y))
+    assert largest({"f32"}, found) >= all_logits
+
+
+# === Metrics and data ===
+
+
+def by_hand(lm, x):
+    """Loss, accuracy and perplexity of all tokens together."""
+    logits = np.asarray(lm.predict(x, verbose=0), "float64")[:, :-1]
+    targets = x["token_ids"][:, 1:]
+    is_real = x["padding_mask"][:, 1:] > 0
+    normalizer = np.log(np.exp(logits).sum(-1))
+    picked = np.take_along_axis(logits, targets[..., None], 2)[..., 0]
+    loss = (normalizer - picked)[is_real].mean()
+    accuracy = (logits.argmax(-1) == targets)[is_real].mean()
+    return {"loss": loss, "accuracy": accuracy, "perplexity": math.exp(loss)}
+
+
+def test_metrics_weigh_by_tokens():
+    """Batches of 3 rows have 21 to 81 tokens, the last one 2 rows."""
+    x = uneven()
+    lm = make_lm(keras.optimizers.SGD(0.0))
+    expected = by_hand(lm, x)
+    assert expected["accuracy"] > 0
+    trained = lm.fit(x, batch_size=3, verbose=0, validation_data=x).history
+    evaluated = lm.evaluate(x, batch_size=3, verbose=0, return_dict=True)
+    assert set(evaluated) == set(expected)
+    for name, value in expected.items():
+        assert abs(trained[name][0] / value - 1) < 1e-6
+        assert abs(trained[f"val_{name}"][0] / value - 1) < 1e-6
+        assert abs(evaluated[name] / value - 1) < 1e-6
+
+
+def test_a_batch_of_padding_changes_nothing():
+    x = {name: np.zeros((2, 8), "int32") for name in packed(rows(1))}
+    lm = make_lm()
+    change, logs = step(lm, x)
+    assert logs == {"loss": 0, "accuracy": 0, "perplexity": 1}
+    assert not any(value.any() for value in change)
+
+
+def test_grain_data_of_packed_rows():
+    x = packed(rows(8))
+    batches = [
+        {name: array[i : i + 2] for name, array in x.items()}
+        for i in range(0, 8, 2)
+    ]
+    lm, other = (make_lm(keras.optimizers.SGD(0.1)) for _ in range(2))
+    history = lm.fit(grain.MapDataset.source(batches), verbose=0).history
+    expected = other.fit(x, batch_size=2, verbose=0).history
+    assert history == expected
+    assert set(history) == {"loss", "accuracy", "perplexity"}
+    assert history["loss"][0] > 0
+
+
+def test_packed_rows_beside_a_preprocessor():
+    """Strings go through it, token ids do not."""
+    texts = ["the light of the day", "the night and the stars"] * 6
+    tokenizer = train_tokenizer(texts, 300)
+    lm = make_lm(
+        keras.optimizers.SGD(0.1), vocabulary_size=tokenizer.vocabulary_size()
+    )
+    lm.preprocessor = BwETAFCausalLMPreprocessor(tokenizer, sequence_length=12)
+    x, y, weights = lm.preprocessor(texts)
+    from_text = lm.evaluate(texts, verbose=0, return_dict=True)
+    from_ids = lm.evaluate(
+        {name: np.asarray(array) for name, array in x.items()},
+        np.asarray(y),
+        sample_weight=np.asarray(weights),
+        verbose=0,
+        return_dict=True,
+    )
+    assert from_text == from_ids
+    history = lm.fit(texts, batch_size=4, epochs=3, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+
+
+def test_own_loss_and_metrics_see_logits():
+    """And compiling anew goes back."""
+    x = uneven()
+    y = np.roll(x["token_ids"], -1, axis=1)
+    weights = (np.roll(x["padding_mask"], -1, axis=1) > 0).astype("float32")
+    weights[:, -1] = 0
+    expected, _ = step(without_rounding(make_lm()), x, y, weights)
+
+    lm = make_lm(weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()])
+    received, logs = step(without_rounding(lm), x, y, weights)
+    assert_close(received, expected)
+    assert set(logs) == {"loss", "sparse_categorical_accuracy"}
+
+    def half(y, logits):
+        losses = keras.losses.sparse_categorical_crossentropy(
+            y, logits, from_logits=True
+        )
+        return losses / 2
+
+    lm = make_lm(loss=half, weighted_metrics=None)
+    _, logs = step(lm, x, y)
+    assert set(logs) == {"loss"}
+    lm.compile(keras.optimizers.SGD(0.1))
+    assert set(step(lm, x)[1]) == {"loss", "accuracy", "perplexity"}
+    lm.compile(keras.optimizers.SGD(0.1), weighted_metrics=None)
+    assert set(step(lm, x)[1]) == {"loss"}
+
+
+def test_lora():
+    x = uneven()
+    lm = make_lm()
+    lm.backbone.enable_lora(2)
+    lm.compile(keras.optimizers.SGD(1.0))
+    frozen = [v for v in lm.weights if "lora" not in v.path]
+    before = [v.numpy() for v in frozen]
+    history = lm.fit(x, epochs=3, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+    for variable, value in zip(frozen, before, strict=True):
+        np.testing.assert_array_equal(variable.value, value)
+
+
+def test_a_quantized_head_has_no_table():
+    """Its logits are those of the layer."""
+    x = uneven()
+    lm = make_lm()
+    expected = lm.evaluate(x, verbose=0, return_dict=True)
+    lm.backbone.token_embedding.quantize("int8")
+    lm.compile(keras.optimizers.SGD(0.1))
+    received = lm.evaluate(x, verbose=0, return_dict=True)
+    assert 0 < abs(received["loss"] / expected["loss"] - 1) < 0.01
+
+
+def test_settings_survive_saving(tmp_path):
+    lm = make_lm(
+        recipe("97m", 10), remat="block", gradient_accumulation_steps=2
+    )
+    lm.fit(uneven(), verbose=0)
+    lm.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.remat == "block"
+    assert {b.remat for b in again.backbone.transformer_layers} == {"block"}
+    assert again.gradient_accumulation_steps == 2
+    for _ in range(2):
+        expected, logs = step(lm, uneven())
+        received, again_logs = step(again, uneven())
+        for ours, theirs in zip(received, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert set(logs) == set(again_logs) == {"loss", "accuracy", "perplexity"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(remat="some"), "Received: remat='some'"),
+        (dict(gradient_accumulation_steps=0), "a positive int"),
+        (
+            dict(gradient_accumulation_steps=2, loss="mse"),
+            "needs the default loss",
+        ),
+        (
+            dict(optimizer=keras.optimizers.SGD(gradient_accumulation_steps=2)),
+            "whatever number of tokens",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_lm(**arguments)
+
+
+def test_the_block_checks_its_remat():
+    block = make_lm().backbone.transformer_layers[0]
+    assert isinstance(block, TransformerBlock) and block.remat == "none"
+    with pytest.raises(ValueError, match="must be one of"):
+        block.remat = None
