@@ -16,9 +16,9 @@ import numpy as np
 
 import converters
 from converters import bwetaf_v3
+from converters.checkpoint import MOMENTS, STEP
 from converters.errors import refuse
 
-STEP = "step"
 LARGEST_STEP = np.iinfo("int32").max
 
 
@@ -215,7 +215,7 @@ def _moments(model, optimizer):
     )
     return {
         f"{moment}.{name}": moments[path][i]
-        for i, moment in enumerate(("exp_avg", "exp_avg_sq"))
+        for i, (moment, _, _) in enumerate(MOMENTS)
         for path, name in names.items()
     }
 
