@@ -1,5 +1,6 @@
 """From text to batches: sources, packing, loading."""
 
+from keras_bwetaf.data.instructions import chat_prompt, load_instructions
 from keras_bwetaf.data.loading import load_packed
 from keras_bwetaf.data.packing import PackingReport, pack
 from keras_bwetaf.data.sources import Documents, read_documents
@@ -7,6 +8,8 @@ from keras_bwetaf.data.sources import Documents, read_documents
 __all__ = [
     "Documents",
     "PackingReport",
+    "chat_prompt",
+    "load_instructions",
     "load_packed",
     "pack",
     "read_documents",

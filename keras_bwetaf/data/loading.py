@@ -7,6 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_bwetaf.data.batching import (
+    ENDLESS,
+    batches,
+    check_arguments,
+    processes,
+    shuffle_and_repeat,
+)
 from keras_bwetaf.data.index import (
     damage,
     read_index,
@@ -15,12 +22,8 @@ from keras_bwetaf.data.index import (
 from keras_bwetaf.data.optional import import_optional
 from keras_bwetaf.data.worker import TRAIN
 
-# As many rows as nobody will read; Grain concatenates finite data sets only.
-ENDLESS = 2**62
 # In place of the tokens of an empty row.
 EMPTY = -1
-# A batch is read while the step before is computed; reading is fast.
-READ_OPTIONS = {"num_threads": 1, "prefetch_buffer_size": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +169,8 @@ def load_packed(
     ```
     """
     grain = import_optional("grain", "train", "`load_packed`")
-    process_index, process_count = _processes(process_index, process_count)
-    _check_arguments(
+    process_index, process_count = processes(process_index, process_count)
+    check_arguments(
         sequence_length, batch_size, seed, process_index, process_count
     )
     has_stages = isinstance(source, list)
@@ -193,13 +196,13 @@ def load_packed(
         for number, (mixture, num_rows) in enumerate(stages)
     ]
     rows = grain.MapDataset.concatenate(rows) if has_stages else rows[0]
-    batches = _fill_up(rows, batch_size, sequence_length).batch(
-        batch_size // process_count
-    )
-    return (
-        batches[process_index::process_count]
-        .map(functools.partial(_inputs, end_token_id=end_token_id))
-        .to_iter_dataset(grain.ReadOptions(**READ_OPTIONS))
+    return batches(
+        rows,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        empty_row=np.full(sequence_length, EMPTY, "int32"),
+        convert=functools.partial(_inputs, end_token_id=end_token_id),
     )
 
 
@@ -217,67 +220,17 @@ def _mix(sources, mixture, *, seed, repeat):
     """
     import grain
 
-    parts = []
-    for number, path in enumerate(mixture):
-        rows = sources[path]
-        if seed is not None:  # No two parts are in the same order.
-            numbers = np.random.SeedSequence([*seed, number])
-            rows = rows.shuffle(int(numbers.generate_state(1)[0]))
-        parts.append(rows.repeat() if repeat else rows)
+    parts = [
+        shuffle_and_repeat(  # No two parts are in the same order.
+            sources[path],
+            seed=None if seed is None else (*seed, number),
+            repeat=repeat,
+        )
+        for number, path in enumerate(mixture)
+    ]
     if len(parts) == 1:
         return parts[0]
     return grain.MapDataset.mix(parts, list(mixture.values()))
-
-
-def _fill_up(rows, batch_size, sequence_length):
-    """Adds empty rows to a finite data set, so that each batch is whole."""
-    import grain
-
-    num_empty = -len(rows) % batch_size
-    if len(rows) >= ENDLESS or not num_empty:
-        return rows
-    empty = [np.full(sequence_length, EMPTY, "int32")] * num_empty
-    return grain.MapDataset.concatenate([rows, grain.MapDataset.source(empty)])
-
-
-def _processes(process_index, process_count):
-    """Fills in what JAX knows; asks it only if need be."""
-    if process_index is None or process_count is None:
-        import jax
-
-        if process_count is None:
-            process_count = jax.process_count()
-        if process_index is None:
-            process_index = jax.process_index()
-    return process_index, process_count
-
-
-def _check_arguments(
-    sequence_length, batch_size, seed, process_index, process_count
-):
-    for name, value, smallest in (
-        ("sequence_length", sequence_length, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-        ("process_count", process_count, 1),
-        ("process_index", process_index, 0),
-    ):
-        if not isinstance(value, int) or value < smallest:
-            raise ValueError(
-                f"`{name}` must be an int of at least {smallest}. Received: "
-                f"{name}={value!r}"
-            )
-    if process_index >= process_count:
-        raise ValueError(
-            "`process_index` must be below `process_count`. Received: "
-            f"process_index={process_index}, process_count={process_count}"
-        )
-    if batch_size % process_count:
-        raise ValueError(
-            "`batch_size` counts the rows of all processes together, and "
-            "must be a multiple of their number. Received: "
-            f"batch_size={batch_size}, process_count={process_count}"
-        )
 
 
 def _stages(stages):

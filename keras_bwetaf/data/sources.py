@@ -433,7 +433,21 @@ def _count_json_lines(path):
     return sum(1 for _ in _lines(path))
 
 
-def _read_json_lines(path, name, column, start, errors):
+def json_records(path, name, start=0, errors="strict"):
+    """Reads a file with a JSON object in each line.
+
+    Args:
+        path: str or path.
+        name: str. The file's, for messages.
+        start: int. How many objects to skip.
+        errors: str. What to do with invalid UTF-8.
+
+    Yields:
+        Pairs of where the object is and what it is, a dict.
+
+    Raises:
+        ValueError: If a line is no JSON object.
+    """
     for number, line in itertools.islice(_lines(path), start, None):
         where = f"{name}, line {number}"
         try:
@@ -448,6 +462,11 @@ def _read_json_lines(path, name, column, start, errors):
                 f"{where}: expected a JSON object. Received: {record!r:.80} "
                 f"of type {type(record).__name__}"
             )
+        yield where, record
+
+
+def _read_json_lines(path, name, column, start, errors):
+    for where, record in json_records(path, name, start, errors):
         if column not in record:
             raise _missing_column(where, column, list(record))
         yield where, record[column]

@@ -1,5 +1,4 @@
 import keras
-from keras_hub.models import Backbone
 
 from keras_bwetaf.layers import (
     FeedForward,
@@ -8,12 +7,13 @@ from keras_bwetaf.layers import (
     TransformerBlock,
     initializers,
 )
+from keras_bwetaf.models.lora import LoraBackbone
 
 ROPE_DTYPES = (None, "float32", "bfloat16", "float16")
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
-class BwETAFBackbone(Backbone):
+class BwETAFBackbone(LoraBackbone):
     """The BwETAFv3 decoder-only transformer, up to its last hidden states.
 
     Token embeddings, rotated by position over their whole width, run through

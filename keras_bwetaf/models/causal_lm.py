@@ -26,6 +26,7 @@ from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
 )
+from keras_bwetaf.models.lora import merged_for_saving
 from keras_bwetaf.training import train_step
 from keras_bwetaf.training.metrics import TokenMetrics
 
@@ -187,6 +188,11 @@ class BwETAFCausalLM(CausalLM):
             return super().test_step(state, data)
         return train_step.test_step(self, state, data)
 
+    def make_train_function(self, force=False):
+        # Keras itself finds out in the middle of `fit`, and loses all weights.
+        train_step.check_optimizer(self)
+        return super().make_train_function(force=force)
+
     def get_compile_config(self):
         config = super().get_compile_config()
         if config is not None:
@@ -211,6 +217,9 @@ class BwETAFCausalLM(CausalLM):
     ):
         """Saves the model to a folder that `from_preset` loads.
 
+        LoRA's products are saved in the weights that they belong to. The
+        model itself stays as it is.
+
         Args:
             preset_dir: str or path.
             max_shard_size: int or float. Gigabytes of weights in one file.
@@ -226,7 +235,8 @@ class BwETAFCausalLM(CausalLM):
         checkpoint = None
         if include_optimizer:
             checkpoint = as_checkpoint(self, include_optimizer=True)
-        super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+        with merged_for_saving(self.backbone):
+            super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
         _remove_older_files(Path(preset_dir), include_optimizer)
         if checkpoint:
             keras_folder.write_optimizer(Path(preset_dir), checkpoint)

@@ -16,6 +16,30 @@ from keras_bwetaf.training.loss import (
 )
 
 
+def check_optimizer(model):
+    """Checks that the optimizer is one for what is trainable now.
+
+    Args:
+        model: `BwETAFCausalLM`, compiled.
+
+    Raises:
+        ValueError: If weights were frozen, unfrozen, added or removed since
+            its optimizer was built.
+    """
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if optimizer is None or not optimizer.built:
+        return
+    built_for = optimizer._trainable_variables
+    if [*map(id, built_for)] != [*map(id, model.trainable_variables)]:
+        raise ValueError(
+            "Weights were frozen, unfrozen, added or removed after the "
+            "optimizer had been built. Compile the model with a new "
+            f"optimizer. Received: an optimizer for {len(built_for)} "
+            "variables, a model in which "
+            f"{len(model.trainable_variables)} are trainable"
+        )
+
+
 def train_step(model, state, data):
     """One step of the optimizer.
 

@@ -279,8 +279,8 @@ def test_lora_preset(tiny, tmp_path):
     before = values(lm)
     lm.backbone.enable_lora(2)
     attention = lm.backbone.transformer_layers[1].attention
-    attention.query.lora_kernel_b.assign(
-        np.ones(attention.query.lora_kernel_b.shape)
+    attention.query.lora_kernel_a.assign(
+        np.ones(attention.query.lora_kernel_a.shape)
     )
     path = "transformer_layer_1/self_attention/query/kernel"
     merged = np.asarray(attention.query.kernel)

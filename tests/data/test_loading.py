@@ -113,6 +113,14 @@ def test_each_pass_has_another_order(folder, rows):
         assert (first != second).any(axis=1).mean() > 0.9
 
 
+def test_batches_of_one_row(folder):
+    one, whole = (
+        take(load_packed(folder, batch_size=size), BATCH // size)
+        for size in (1, BATCH)
+    )
+    np.testing.assert_array_equal(one, whole)
+
+
 def test_validation_ends(folder):
     first = take(load_packed(folder, split="validation"))
     second = take(load_packed(folder, split="validation"))

@@ -1,0 +1,71 @@
+"""The examples run, with smaller settings, and do what they say."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import converters
+import keras_bwetaf
+from tests.generation.conftest import small_lm
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def load_example():
+    def load(name):
+        spec = importlib.util.spec_from_file_location(
+            name, EXAMPLES / f"{name}.py"
+        )
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_finetune_lora(load_example, tmp_path, capsys):
+    small_lm().save_to_preset(tmp_path / "base")
+    load_example("finetune_lora").main(
+        ["--preset", str(tmp_path / "base"), "--steps", "2"]
+        + ["--output", str(tmp_path / "output"), "--learning-rate", "0.1"]
+    )
+    printed = capsys.readouterr().out
+    before, after, again = (
+        printed.split(f"\n{title}\n")[1]
+        .split("\n\n")[0]
+        .strip()
+        .splitlines()[:4]
+        for title in ("Before:", "After:", "Loaded again:")
+    )
+    assert len(before) == 4
+    assert before != after == again
+    lm = keras_bwetaf.from_preset(tmp_path / "base")
+    lm.backbone.load_lora_weights(tmp_path / "output" / "lora.safetensors")
+    lm.backbone.merge_lora()
+    merged = keras_bwetaf.from_preset(tmp_path / "output" / "merged")
+    for one, two in zip(lm.weights, merged.weights, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_continue_from_flax(load_example, trained_checkpoint, tmp_path, capsys):
+    target = tmp_path / "target"
+    load_example("continue_from_flax").main(
+        [str(trained_checkpoint), str(target), "--steps", "2"]
+        + ["--sequence-length", "32", "--batch-size", "2"]
+    )
+    printed = capsys.readouterr().out
+    assert "Going on at step 700" in printed and "step 702" in printed
+    assert converters.detect_format(target) == "flax"
+    before, after = map(
+        converters.read_checkpoint, (trained_checkpoint, target)
+    )
+    assert after.optimizer["step"].array() == 702
+    assert after.tokenizer == before.tokenizer
+    for row in before.rows:
+        one, two = (
+            each[row.name].array().astype("float32") for each in (before, after)
+        )
+        assert 0 < np.abs(one - two).max() < 0.01
