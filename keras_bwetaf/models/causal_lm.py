@@ -152,6 +152,8 @@ class BwETAFCausalLM(CausalLM):
         self.remat = remat
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.fuses_head_and_loss = fuses_head_and_loss
+        self.reports_steps = False  # `Monitor` turns it on.
+        self.step_values = None  # Of the last step, if it does.
         self.token_metrics = TokenMetrics(
             fuses_head_and_loss and weighted_metrics is not None
         )
@@ -178,6 +180,17 @@ class BwETAFCausalLM(CausalLM):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return super().preprocess_samples(x, y, sample_weight)
 
+    def make_train_function(self, force=False):
+        # Keras itself finds out in the middle of `fit`, and loses all weights.
+        train_step.check_optimizer(self)
+        if self.train_function is not None and not force:
+            return
+        super().make_train_function(force=True)
+        if self.reports_steps:
+            self.train_function = train_step.keep_step_values(
+                self, self.train_function
+            )
+
     def train_step(self, state, data):
         if not self.fuses_head_and_loss:
             return super().train_step(state, data)
@@ -187,11 +200,6 @@ class BwETAFCausalLM(CausalLM):
         if not self.fuses_head_and_loss:
             return super().test_step(state, data)
         return train_step.test_step(self, state, data)
-
-    def make_train_function(self, force=False):
-        # Keras itself finds out in the middle of `fit`, and loses all weights.
-        train_step.check_optimizer(self)
-        return super().make_train_function(force=force)
 
     def get_compile_config(self):
         config = super().get_compile_config()

@@ -1,14 +1,29 @@
+from keras_bwetaf.training.diagnostics import (
+    TensorStatistics,
+    gradient_statistics,
+    parameter_statistics,
+    rank_rows,
+)
+from keras_bwetaf.training.monitor import Monitor
 from keras_bwetaf.training.optimizer import AdamW
 from keras_bwetaf.training.optimizer_state import (
     load_optimizer_state,
     optimizer_state,
 )
+from keras_bwetaf.training.plots import plot_losses, plot_statistics
 from keras_bwetaf.training.recipe import WarmupDecay, recipe
 
 __all__ = [
     "AdamW",
+    "Monitor",
+    "TensorStatistics",
     "WarmupDecay",
+    "gradient_statistics",
     "load_optimizer_state",
     "optimizer_state",
+    "parameter_statistics",
+    "plot_losses",
+    "plot_statistics",
+    "rank_rows",
     "recipe",
 ]

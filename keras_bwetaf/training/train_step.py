@@ -15,6 +15,17 @@ from keras_bwetaf.training.loss import (
     targets_and_weights,
 )
 
+# The key of a step's own values among the logs of `train_step`, and what they
+# are. Metrics are means since the beginning of the epoch.
+STEP_VALUES = "step_values"
+STEP_VALUE_NAMES = (
+    "loss",  # Mean over the tokens of the step.
+    "gradient_norm",  # Of all gradients together, before they are clipped.
+    "learning_rate",
+    "num_tokens",  # That count in the loss.
+    "sequence_length",
+)
+
 
 def check_optimizer(model):
     """Checks that the optimizer is one for what is trainable now.
@@ -55,10 +66,12 @@ def train_step(model, state, data):
             sample weights. See `targets_and_weights`.
 
     Returns:
-        Tuple of logs, a dict of name to float, and the new state.
+        Tuple of logs, a dict of name to float, and the new state. If
+        `model.reports_steps`, there is also `"step_values"` among the logs,
+        a float32 array of what `STEP_VALUE_NAMES` says.
     """
     trainable, non_trainable, optimizer_variables, metrics_variables = state
-    batch = _token_batch(data)
+    batch = token_batch(data)
     num_tokens = jnp.sum(batch["weights"])
 
     def loss_fn(trainable, non_trainable, batch):
@@ -80,10 +93,14 @@ def train_step(model, state, data):
         batch,
         model.gradient_accumulation_steps,
     )
+    logs, metrics_variables = _update_metrics(model, metrics_variables, sums)
+    if model.reports_steps:
+        logs[STEP_VALUES] = _step_values(
+            model, optimizer_variables, batch, sums, gradients
+        )
     trainable, optimizer_variables = model.optimizer.stateless_apply(
         optimizer_variables, gradients, trainable
     )
-    logs, metrics_variables = _update_metrics(model, metrics_variables, sums)
     return logs, (
         trainable,
         non_trainable,
@@ -106,13 +123,34 @@ def test_step(model, state, data):
     """
     trainable, non_trainable, metrics_variables = state
     sums, non_trainable = _sums(
-        model, trainable, non_trainable, _token_batch(data), training=False
+        model, trainable, non_trainable, token_batch(data), training=False
     )
     logs, metrics_variables = _update_metrics(model, metrics_variables, sums)
     return logs, (trainable, non_trainable, metrics_variables)
 
 
-def _token_batch(data):
+def keep_step_values(model, train_function):
+    """Moves a step's own values from the logs to `model.step_values`.
+
+    Logs are for Keras and its callbacks, which take them for metrics.
+
+    Args:
+        model: `BwETAFCausalLM` that reports steps.
+        train_function: function of the state and an iterator of batches.
+
+    Returns:
+        Such a function.
+    """
+
+    def function(state, iterator):
+        logs, state = train_function(state, iterator)
+        model.step_values = logs.pop(STEP_VALUES)
+        return logs, state
+
+    return function
+
+
+def token_batch(data):
     """A dict of arrays `(batch, length)`: inputs, targets, weights."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     targets, weights = targets_and_weights(x, y, sample_weight)
@@ -131,6 +169,32 @@ def _sums(model, trainable, non_trainable, batch, training):
         Tuple of a dict of float scalars, `"loss"`, `"correct"` and
         `"weight"`, and the new non-trainable variables.
     """
+    (loss, _, is_correct), non_trainable = token_losses(
+        model, trainable, non_trainable, batch, training
+    )
+    weights = batch["weights"]
+    sums = {
+        "loss": loss,
+        "correct": jnp.sum(is_correct * weights),
+        "weight": jnp.sum(weights),
+    }
+    return sums, non_trainable
+
+
+def token_losses(model, trainable, non_trainable, batch, training):
+    """The loss of every token of a batch, and of all of them.
+
+    Args:
+        model: `BwETAFCausalLM`.
+        trainable: list of arrays, the values of its trainable variables.
+        non_trainable: list of arrays.
+        batch: dict, as `token_batch` returns it.
+        training: bool. Whether there is dropout.
+
+    Returns:
+        Tuple of what `head_cross_entropy` returns, and the new non-trainable
+        variables.
+    """
     mapping = [
         *zip(model.trainable_variables, trainable, strict=True),
         *zip(model.non_trainable_variables, non_trainable, strict=True),
@@ -142,23 +206,14 @@ def _sums(model, trainable, non_trainable, batch, training):
         embedding = model.backbone.token_embedding
         if embedding.quantization_mode is None:
             table = keras.ops.convert_to_tensor(embedding.embeddings)
-            loss, _, is_correct = head_cross_entropy(
-                hidden_states, table, targets, weights
-            )
+            losses = head_cross_entropy(hidden_states, table, targets, weights)
         else:  # There is no table of floats.
-            loss, _, is_correct = cross_entropy(
-                model.head(hidden_states), targets, weights
-            )
+            losses = cross_entropy(model.head(hidden_states), targets, weights)
     non_trainable = [
         scope.get_current_value(variable)
         for variable in model.non_trainable_variables
     ]
-    sums = {
-        "loss": loss,
-        "correct": jnp.sum(is_correct * weights),
-        "weight": jnp.sum(weights),
-    }
-    return sums, non_trainable
+    return losses, non_trainable
 
 
 def _accumulate(gradient_fn, trainable, non_trainable, batch, num_parts):
@@ -230,6 +285,33 @@ def _update_metrics(model, metrics_variables, sums):
         scope.get_current_value(variable)
         for variable in model.metrics_variables
     ]
+
+
+def _step_values(model, optimizer_variables, batch, sums, gradients):
+    """What `STEP_VALUE_NAMES` says, float32, of one step.
+
+    Args:
+        model: `BwETAFCausalLM`.
+        optimizer_variables: list of arrays, before the step.
+        batch: dict, as `token_batch` returns it.
+        sums: dict, as `_sums` returns it, of the whole batch.
+        gradients: list of arrays, of the loss as the optimizer scales it.
+    """
+    mapping = zip(model.optimizer.variables, optimizer_variables, strict=True)
+    with keras.StatelessScope(state_mapping=list(mapping)):
+        learning_rate = keras.ops.cast(model.optimizer.learning_rate, "float32")
+        scale = model.optimizer.scale_loss(jnp.ones(()))
+    squares = [jnp.sum(jnp.square(g.astype("float32"))) for g in gradients]
+    values = {
+        "loss": sums["loss"] / _at_least_one(sums["weight"]),
+        "gradient_norm": jnp.sqrt(sum(squares)) / scale,
+        "learning_rate": learning_rate,
+        "num_tokens": jnp.sum(batch["weights"] > 0),
+        "sequence_length": batch["token_ids"].shape[1],
+    }
+    return jnp.stack(
+        [jnp.asarray(values[name], "float32") for name in STEP_VALUE_NAMES]
+    )
 
 
 def _at_least_one(num_tokens):

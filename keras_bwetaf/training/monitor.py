@@ -1,0 +1,407 @@
+"""What one sees of a training, and what is written down of it."""
+
+import collections
+import datetime
+import math
+import time
+from pathlib import Path
+
+import jax
+import keras
+import numpy as np
+import rich.console
+import rich.live
+import rich.table
+
+from converters.files import new_file
+from keras_bwetaf.data.optional import import_optional
+from keras_bwetaf.training.hardware import flops_per_token, peak_flops
+from keras_bwetaf.training.plots import plot_losses
+from keras_bwetaf.training.statistics import Statistics
+from keras_bwetaf.training.train_step import STEP_VALUE_NAMES
+
+REFRESH_SECONDS = 1.0
+
+
+class Monitor(keras.callbacks.Callback):
+    """Shows how a training goes, writes it down, stops it if it breaks.
+
+    In a terminal, a table is renewed every second, and leaves a line at the
+    end of each epoch. Elsewhere, lines are all there is. They tell the step,
+    its loss and the exponential mean of losses, the norm of the gradient
+    before it is clipped, the learning rate, how many tokens counted in the
+    loss so far and per second, the share of the devices' peak that this makes
+    use of (see `keras_bwetaf.training.hardware`), the time left, the last
+    validation loss, and how long the first step took, which compiles and
+    counts in no speed.
+
+    At the end of every epoch, it writes `stats.json`, with the keys of the
+    original package, and `losses.png` to the folder. The epoch's logs, which
+    `History` and `TensorBoard` read, get `gradient_norm`, its mean, and
+    `tokens_per_second`. Callbacks that stand before this one in the list do
+    not see them.
+
+    A loss or a gradient that is not finite stops the training, and the batch
+    is saved to the folder. If the optimizer scales the loss and takes no step
+    at such a gradient, only the loss counts.
+
+    Steps are numbered from the optimizer's. With several processes, the first
+    one prints and writes.
+
+    Args:
+        folder: str or path, or `None` to write nothing.
+        total_steps: int. Steps of the whole training, to tell the time left.
+        every: int. How many steps there are from line to line.
+
+    Raises:
+        ValueError: If an argument is out of range, or the model is no
+            `BwETAFCausalLM`, compiled with the default loss and metrics and
+            one step per execution.
+        FloatingPointError: In `fit`, if a loss or a gradient is not finite.
+        ImportError: If there is a folder, and matplotlib is not installed.
+
+    Example:
+
+    ```python
+    lm.fit(
+        train,
+        steps_per_epoch=1000,
+        epochs=10,
+        verbose=0,
+        callbacks=[Monitor("run", total_steps=10_000)],
+    )
+    ```
+    """
+
+    def __init__(self, folder=None, total_steps=None, every=100):
+        super().__init__()
+        for name, value in (
+            ("total_steps", 1 if total_steps is None else total_steps),
+            ("every", every),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"`{name}` must be a positive int. Received: "
+                    f"{name}={value!r}"
+                )
+        if folder is not None:
+            import_optional("matplotlib", "train", "`Monitor` with a folder")
+            folder = Path(folder).resolve()
+        self.folder = folder
+        self.total_steps = total_steps
+        self.every = every
+        self.statistics = Statistics()
+        self._display = _Display()
+        self._step = None  # The optimizer's, once training goes on.
+        self._newest = None  # The values of the step dispatched last.
+        self._pending = collections.deque()  # Values that were not read yet.
+
+    # === What the values of steps are, and when they are read ===
+    #
+    # `self.model` would bring the state of the training back to the model.
+    # `on_train_batch_end` would wait for the step that was just dispatched.
+    # So the values of a step are looked up when the next one begins, and read
+    # when that one has been dispatched, too: the device never waits.
+
+    def set_model(self, model):
+        super().set_model(model)
+        _check_model(model)
+        if not model.reports_steps:
+            model.reports_steps = True
+            model.train_function = None
+
+    def on_train_begin(self, logs=None):
+        model = self._model
+        self._restart()
+        self._is_first_process = jax.process_index() == 0
+        weight = model.trainable_variables[0].value
+        device = next(iter(weight.sharding.device_set))
+        dtype = model.backbone.transformer_layers[0].compute_dtype
+        peak = peak_flops(device.device_kind, dtype)
+        self._peak = peak and peak * len(weight.sharding.device_set)
+        # Such an optimizer takes no step at a gradient that is not finite.
+        self._skips_steps = isinstance(
+            model.optimizer, keras.optimizers.LossScaleOptimizer
+        )
+        self._flops_per_token = None  # It depends on the length of rows.
+        self._compiles = True
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._num_steps_before = len(self.statistics)
+        self._clock = time.perf_counter()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._step is None:
+            self._step = int(self._model.optimizer.iterations)
+            batches = getattr(self._model, "train_batches", None)
+            # From the steps before a batch to the number of the batch.
+            self._offset = (
+                None if batches is None else batches._start[0] - self._step
+            )
+        self._collect(but=1)
+
+    def on_test_begin(self, logs=None):
+        self._collect()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._collect()
+        statistics = self.statistics
+        if logs and "val_loss" in logs:
+            statistics.add_validation(self._step, logs["val_loss"])
+        if logs is not None:
+            logs.update(self._epoch_logs())
+        if self._is_first_process:
+            self._display.close(self._fields())
+            self._write()
+
+    def on_train_end(self, logs=None):
+        self._collect()
+
+    def _restart(self):
+        """Forgets what was not read; the next step asks for its number."""
+        self._step = None
+        self._pending.clear()
+        self._newest = self._model and self._model.step_values
+
+    def _collect(self, but=0):
+        """Reads the values of steps, but for the last ones."""
+        if self._step is None:
+            return
+        values = self._model.step_values
+        if values is not self._newest:
+            self._newest = values
+            self._pending.append(values)
+        while len(self._pending) > but:
+            self._record(np.asarray(self._pending.popleft()))
+
+    def _record(self, values):
+        """Takes in the values of a step that has just been finished.
+
+        Args:
+            values: float32 array, `STEP_VALUE_NAMES`.
+        """
+        values = dict(zip(STEP_VALUE_NAMES, values, strict=True))
+        now = time.perf_counter()
+        self._step += 1
+        self._check_finite(values["loss"], values["gradient_norm"])
+        if self._flops_per_token is None:
+            self._flops_per_token = flops_per_token(
+                self._model, int(values["sequence_length"])
+            )
+        self.statistics.add_step(
+            step=self._step,
+            loss=values["loss"],
+            gradient_norm=values["gradient_norm"],
+            learning_rate=values["learning_rate"],
+            tokens=values["num_tokens"],
+            seconds=now - self._clock,
+            compiles=self._compiles,
+        )
+        self._clock, self._compiles = now, False
+        if self._is_first_process:
+            is_due = self._step % self.every == 0
+            self._display.update(self._fields, is_due)
+
+    # === Checkpoints ===
+
+    def get_state(self):
+        """The statistics up to the last step, to be written as JSON.
+
+        Returns:
+            dict.
+        """
+        self._collect()
+        return self.statistics.get_state()
+
+    def set_state(self, state):
+        """Goes on from a state, and forgets what came after it.
+
+        Args:
+            state: dict, as `get_state` returned it.
+        """
+        self._restart()
+        self.statistics.set_state(state)
+
+    # === What is shown and written ===
+
+    def _fields(self):
+        """A dict of name to text."""
+        statistics = self.statistics
+        total = f"/{self.total_steps:,}" if self.total_steps else ""
+        norm = statistics.last("gradient_norm")
+        fields = {
+            "step": f"{self._step:,}{total}",
+            "loss": f"{statistics.last('loss'):.4f}",
+            "smoothed": f"{statistics.smoothed_loss:.4f}",
+            "gradient norm": "not finite" if norm is None else f"{norm:.3g}",
+            "learning rate": f"{statistics.last('learning_rate'):.3g}",
+            "tokens": f"{statistics.total_tokens:,}",
+        }
+        speed = statistics.tokens_per_second()
+        if speed is not None:
+            fields["tokens/s"] = f"{speed:,.0f}"
+            fields["MFU"] = "n/a"
+            if self._peak:
+                share = speed * self._flops_per_token / self._peak
+                fields["MFU"] = f"{share:.1%}"
+            if self.total_steps:
+                steps = max(self.total_steps - self._step, 0)
+                left = round(steps * statistics.seconds_per_step())
+                fields["left"] = str(datetime.timedelta(seconds=left))
+        loss = statistics.last("val_loss")
+        if loss is not None:
+            fields["validation loss"] = f"{loss:.4f}"
+        fields["first step"] = f"{statistics.compile_seconds:.1f} s"
+        return fields
+
+    def _epoch_logs(self):
+        first = self._num_steps_before
+        norms = self.statistics.entries["gradient_norm"][first:]
+        norms = [norm for norm in norms if norm is not None]
+        speed = self.statistics.tokens_per_second(len(self.statistics) - first)
+        return {
+            "gradient_norm": sum(norms) / len(norms) if norms else math.nan,
+            "tokens_per_second": math.nan if speed is None else speed,
+        }
+
+    def _write(self):
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.statistics.write(
+                self.folder, self.folder.name, self._model.count_params()
+            )
+            plot_losses(self.folder)
+
+    # === What must not be ===
+
+    def _check_finite(self, loss, gradient_norm):
+        is_sound = math.isfinite(gradient_norm) or self._skips_steps
+        if math.isfinite(loss) and is_sound:
+            return
+        saved = "Its batch is saved by the first process."
+        if self._is_first_process:
+            self._display.stop()
+            if len(self.statistics):
+                self._write()
+            saved = self._save_batch()
+        raise FloatingPointError(
+            f"The loss or the gradient of step {self._step} is not finite. "
+            f"{saved} Go on from a checkpoint before it with a lower learning "
+            "rate, or without that batch. Received: "
+            f"loss={loss}, gradient_norm={gradient_norm}"
+        )
+
+    def _save_batch(self):
+        """Saves the batch of this step; a sentence that says where it is."""
+        if self.folder is None:
+            return "Its batch is not saved: the monitor has no folder."
+        if self._offset is None:
+            return (
+                "Its batch could not be saved: batches are kept for Grain "
+                "data sets only."
+            )
+        number = self._step - 1 + self._offset
+        try:
+            batch = self._model.train_batches.batch(number)
+        except ValueError as error:
+            return f"Its batch could not be read again: {error}."
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
+        arrays = dict(x)
+        if y is not None:
+            arrays["y"] = y
+        if sample_weight is not None:
+            arrays["sample_weight"] = sample_weight
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"non_finite_step_{self._step}.npz"
+        with new_file(path) as file:
+            np.savez(file, **arrays)
+        return f"Its batch is saved to {path}."
+
+
+class _Display:
+    """A table that renews itself in a terminal, and lines.
+
+    The table is there during an epoch only, so that others can print between
+    epochs, and an interrupt finds the terminal as it should be.
+    """
+
+    def __init__(self):
+        self._console = rich.console.Console(highlight=False)
+        self._live = None
+        self._shown_at = -math.inf
+        self._line = None  # That was printed last.
+
+    def update(self, fields, is_line_due):
+        """Shows fields if it is time.
+
+        Args:
+            fields: function without arguments. Returns a dict of name to
+                text.
+            is_line_due: bool. Whether to print a line, if that is all that
+                can be shown.
+        """
+        if not self._console.is_terminal:
+            if is_line_due:
+                self._print(fields())
+            return
+        now = time.monotonic()
+        if now < self._shown_at + REFRESH_SECONDS:
+            return
+        self._shown_at = now
+        if self._live is None:
+            self._live = rich.live.Live(
+                console=self._console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._live.start()
+            self._console.show_cursor(True)  # Should nobody stop it.
+        self._live.update(_table(fields()), refresh=True)
+
+    def close(self, fields):
+        """Puts a line in the place of the table."""
+        self.stop()
+        self._print(fields)
+
+    def stop(self):
+        """Takes the table away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, fields):
+        line = "  ".join(f"{name} {text}" for name, text in fields.items())
+        if line != self._line:
+            self._console.print(line, markup=False, soft_wrap=True)
+        self._line = line
+
+
+def _table(fields):
+    table = rich.table.Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right", min_width=16)
+    for name, text in fields.items():
+        table.add_row(name, text)
+    return table
+
+
+def _check_model(model):
+    """Refuses a model whose steps can't be told apart.
+
+    Raises:
+        ValueError: If it is such a model.
+    """
+    if not getattr(model, "fuses_head_and_loss", False):
+        raise ValueError(
+            "`Monitor` is for a `BwETAFCausalLM` that was compiled with the "
+            "default loss and metrics. Received: model of class "
+            f"{type(model).__name__}"
+        )
+    if model.steps_per_execution != 1:
+        raise ValueError(
+            "`Monitor` looks at every step, so the model must be compiled "
+            "with steps_per_execution=1. Received: steps_per_execution="
+            f"{model.steps_per_execution}"
+        )

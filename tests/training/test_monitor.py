@@ -1,0 +1,536 @@
+"""What is seen and written of a training, next to direct computations."""
+
+import contextlib
+import functools
+import io
+import json
+import math
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import keras
+import matplotlib.pyplot
+import numpy as np
+import pytest
+
+from keras_bwetaf.training import Monitor, WarmupDecay, hardware, monitor
+from keras_bwetaf.training.hardware import flops_per_token, peak_flops
+from keras_bwetaf.training.statistics import read_statistics, smooth
+from keras_bwetaf.training.train_step import STEP_VALUE_NAMES
+from tests import original
+from tests.training.test_fit import make_lm, uneven
+
+BATCH_SIZE = 4
+TIMES = ("seconds", "total time", "compile time", "tokens per second")
+
+
+def schedule():
+    return WarmupDecay(
+        initial_learning_rate=0.1,
+        peak_learning_rate=0.4,
+        final_learning_rate=0.05,
+        warmup_steps=2,
+        total_steps=10,
+    )
+
+
+@functools.cache
+def compiled(kind):
+    """A model that reports steps, and its first state."""
+    optimizer = keras.optimizers.SGD(schedule(), global_clipnorm=0.5)
+    arguments = {}
+    if kind == "scaled":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    if kind == "accumulated":
+        arguments["gradient_accumulation_steps"] = 3
+    lm = make_lm(optimizer, **arguments)
+    lm.reports_steps = True
+    return lm, state_of(lm)
+
+
+def state_of(lm):
+    lm.optimizer.build(lm.trainable_variables)
+    variables = lm.weights + lm.optimizer.variables
+    return [np.array(variable.value) for variable in variables]
+
+
+def set_state_of(lm, state):
+    variables = lm.weights + lm.optimizer.variables
+    for variable, value in zip(variables, state, strict=True):
+        variable.assign(value)
+
+
+@pytest.fixture
+def lm():
+    lm, state = compiled("plain")
+    set_state_of(lm, state)
+    return lm
+
+
+def rows(num_batches):
+    return uneven(num_batches * BATCH_SIZE)
+
+
+def fit(lm, x, callbacks=(), **arguments):
+    settings = dict(batch_size=BATCH_SIZE, shuffle=False, verbose=0)
+    return lm.fit(x, callbacks=list(callbacks), **settings, **arguments)
+
+
+# === Values of a step ===
+
+
+@functools.cache
+def direct():
+    """Loss and gradient from all the logits at once."""
+    lm, _ = compiled("plain")
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def direct(trainable, x):
+        non_trainable = [v.value for v in lm.non_trainable_variables]
+        logits, _ = lm.stateless_call(trainable, non_trainable, x)
+        losses = -jax.nn.log_softmax(logits[:, :-1])
+        targets = x["token_ids"][:, 1:, None]
+        losses = jnp.take_along_axis(losses, targets, axis=-1)[..., 0]
+        is_real = (x["padding_mask"][:, 1:] > 0) & (
+            x["padding_mask"][:, :-1] > 0
+        )
+        num_tokens = is_real.sum()
+        return (losses * is_real).sum() / num_tokens, num_tokens
+
+    return direct
+
+
+@pytest.mark.parametrize("kind", ["plain", "accumulated", "scaled"])
+def test_values_of_steps(kind):
+    """Before clipping, of the whole batch, and without the loss's factor."""
+    lm, state = compiled(kind)
+    set_state_of(lm, state)
+    x = uneven(BATCH_SIZE)
+    for step in range(3):
+        trainable = [jnp.array(v.value) for v in lm.trainable_variables]
+        (loss, num_tokens), gradients = direct()(trainable, x)
+        norm = math.sqrt(sum(float(jnp.sum(g**2)) for g in gradients))
+        rate = float(schedule()(step))
+        fit(lm, x)
+        values = np.asarray(lm.step_values)
+        received = dict(zip(STEP_VALUE_NAMES, values, strict=True))
+        assert norm > 0.6  # It is clipped.
+        assert received["loss"] == pytest.approx(float(loss), 1e-5)
+        assert received["gradient_norm"] == pytest.approx(norm, 1e-4)
+        assert received["learning_rate"] == pytest.approx(rate)
+        assert received["num_tokens"] == num_tokens
+        assert received["sequence_length"] == 32
+
+
+def test_watching_changes_nothing(lm):
+    """And compiling anew ends it."""
+    x = rows(2)
+    watched = fit(lm, x, callbacks=[Monitor()], epochs=2).history
+    weights = lm.get_weights()
+    lm = make_lm(keras.optimizers.SGD(schedule(), global_clipnorm=0.5))
+    alone = fit(lm, x, epochs=2).history
+    assert lm.step_values is None
+    assert alone == {name: watched[name] for name in alone}
+    added = set(watched) - set(alone)
+    assert added == {"gradient_norm", "tokens_per_second"}
+    for ours, theirs in zip(weights, lm.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+    Monitor().set_model(lm)
+    assert lm.reports_steps and lm.train_function is None
+    logs = lm.train_on_batch(x, return_dict=True)
+    assert set(logs) == {"loss", "accuracy", "perplexity"}
+    assert lm.step_values is not None
+    lm.compile(keras.optimizers.SGD(0.1))
+    assert not lm.reports_steps
+
+
+def test_no_step_is_waited_for(lm):
+    """Values are read when the next step is on its way, or asked for."""
+    watching = Monitor()
+    read, synced, asked = [], [], []
+
+    def begin(batch, logs):
+        read.append(len(watching.statistics))
+        synced.append(lm._jax_state_synced)
+
+    def end(batch, logs):
+        if batch == 2:
+            asked.append(len(watching.get_state()["entries"]["step"]))
+
+    fit(
+        lm,
+        rows(6),
+        callbacks=[
+            watching,
+            keras.callbacks.LambdaCallback(
+                on_train_batch_begin=begin, on_train_batch_end=end
+            ),
+        ],
+    )
+    assert read == [0, 0, 1, 3, 3, 4]
+    assert synced == [True] + [False] * 5
+    assert asked == [3]
+    assert len(watching.statistics) == 6
+    # Keras waits for every step if a callback has this.
+    assert "on_train_batch_end" not in vars(Monitor)
+
+
+# === What is written ===
+
+
+def test_files(lm, tmp_path):
+    x, validation = rows(3), uneven(4, seed=1)
+    watching = Monitor(tmp_path / "run", total_steps=6)
+    history = fit(
+        lm, x, callbacks=[watching], epochs=2, validation_data=validation
+    ).history
+    statistics = read_statistics(tmp_path / "run")
+    assert statistics["name"] == "run"
+    assert statistics["num_params"] == lm.count_params()
+    assert statistics["step"] == [[1, 2, 3, 4, 5, 6]]
+    tokens = (x["padding_mask"] > 0).sum(axis=1) - 1
+    tokens = tokens.reshape(3, -1).sum(axis=1).tolist()
+    assert statistics["tokens"] == [tokens * 2]
+    assert statistics["total tokens"] == 2 * sum(tokens)
+    means = np.average(
+        np.reshape(statistics["loss"], (2, 3)), axis=1, weights=tokens
+    )
+    np.testing.assert_allclose(means, history["loss"], rtol=1e-6)
+    assert statistics["val_step"] == [[3, 6]]
+    np.testing.assert_allclose(
+        statistics["val_loss"], [history["val_loss"]], rtol=1e-6
+    )
+    rates = [float(schedule()(step)) for step in range(6)]
+    np.testing.assert_allclose(statistics["learning_rate"], [rates], rtol=1e-6)
+    assert statistics["lr"] == [pytest.approx(0.4)]
+    norms = np.reshape(statistics["gradient_norm"], (2, 3))
+    np.testing.assert_allclose(history["gradient_norm"], norms.mean(axis=1))
+    first, *others = statistics["seconds"][0]
+    assert first is None and min(others) > 0
+    assert statistics["total time"] == pytest.approx(
+        statistics["compile time"] + sum(others)
+    )
+    speed = (statistics["total tokens"] - tokens[0]) / sum(others)
+    assert statistics["tokens per second"] == pytest.approx(speed)
+    assert set(statistics["stats"]) == set(statistics) - {"stats"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "stats.json",
+        "losses.png",
+    }
+
+
+def test_the_original_reads_the_file(lm, tmp_path, trained_checkpoint):
+    """Shows, plots and continues it; and it has the keys of its own files."""
+    fit(lm, rows(3), callbacks=[Monitor(tmp_path)])
+    with (
+        mock.patch("tiktoken.get_encoding"),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        from BwETAF.data.data_loader import ProgressTracker
+
+    path = tmp_path / "stats.json"
+    losses = ProgressTracker.show(path, "loss")[0]
+    assert len(losses) == 3
+    module = original.BwETAF.model.model
+    with mock.patch.object(matplotlib.pyplot, "show"):
+        module.plot(losses, chop_off=1)
+        (axes,) = matplotlib.pyplot.gcf().axes
+        np.testing.assert_array_equal(axes.lines[1].get_ydata(), losses[1:])
+        matplotlib.pyplot.close("all")
+    theirs = read_statistics(trained_checkpoint)
+    ours = read_statistics(tmp_path)
+    assert set(theirs) <= set(ours)
+    for key in set(theirs) - {"val_loss"}:
+        assert type(theirs[key]) is type(ours[key])
+    ProgressTracker.add(path, [1.0], [2.0], 0.1, 3.0, 5)
+    again = read_statistics(tmp_path)
+    assert again["loss"] == [losses, [1.0]]
+    assert again["total tokens"] == ours["total tokens"] + 5
+
+
+def test_going_on_from_a_checkpoint(lm, tmp_path):
+    """As if nothing had happened, whatever came after the checkpoint."""
+    x, validation = rows(3), uneven(4, seed=1)
+    _, start = compiled("plain")
+    settings = dict(validation_data=validation)
+    fit(lm, x, callbacks=[Monitor(tmp_path / "whole")], epochs=2, **settings)
+
+    set_state_of(lm, start)
+    first = Monitor(tmp_path / "parts")
+    fit(lm, x, callbacks=[first], **settings)
+    state, weights = json.dumps(first.get_state()), state_of(lm)
+    fit(lm, x, callbacks=[first], **settings)  # What is lost.
+    assert len(first.statistics) == 6
+    assert json.dumps(first.get_state()) != state
+
+    set_state_of(lm, weights)
+    second = Monitor(tmp_path / "parts")
+    second.set_state(json.loads(state))
+    second.set_model(lm)
+    second.on_train_begin()  # And once more, in `fit`.
+    fit(lm, x, callbacks=[second], epochs=2, initial_epoch=1, **settings)
+    whole, parts = (
+        read_statistics(tmp_path / name) for name in ("whole", "parts")
+    )
+    assert parts["seconds"][0][:3] == json.loads(state)["entries"]["seconds"]
+    for key in set(whole) - {"name", *TIMES}:
+        assert whole[key] == parts[key], key
+    smoothed = smooth(whole["loss"][0])[-1]
+    assert second.statistics.smoothed_loss == pytest.approx(smoothed, 1e-6)
+
+
+def test_smoothing_is_unbiased():
+    assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0] * 3)
+    assert smooth([1.0, 4.0], decay=0.5) == pytest.approx([1.0, 3.0])
+
+
+def test_no_statistics(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a folder with stats.json"):
+        read_statistics(tmp_path)
+    (tmp_path / "stats.json").write_text('{"loss": [[]]}')
+    with pytest.raises(ValueError, match=r"Received: loss=\[\[\]\]"):
+        read_statistics(tmp_path)
+
+
+def test_tensorboard(lm, tmp_path):
+    """Keras's own callback gets what the monitor adds to the logs."""
+    from tensorboard.backend.event_processing import event_accumulator
+    from tensorboard.util import tensor_util
+
+    history = fit(
+        lm,
+        rows(2),
+        [Monitor(), keras.callbacks.TensorBoard(tmp_path)],
+        epochs=2,
+    ).history
+    events = event_accumulator.EventAccumulator(str(tmp_path / "train"))
+    events.Reload()
+    assert "epoch_learning_rate" in events.Tags()["tensors"]
+    for name in ("loss", "gradient_norm", "tokens_per_second"):
+        written = [
+            float(tensor_util.make_ndarray(event.tensor_proto))
+            for event in events.Tensors(f"epoch_{name}")
+        ]
+        assert written == pytest.approx(history[name], 1e-6)
+
+
+# === What is shown ===
+
+
+def test_lines(lm, capsys):
+    """Where there is no terminal. The last line is that of the epoch."""
+    fit(lm, rows(5), callbacks=[Monitor(total_steps=8, every=2)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "step 2/8",
+        "step 4/8",
+        "step 5/8",
+    ]
+    for name in (
+        "loss",
+        "smoothed",
+        "gradient norm",
+        "learning rate",
+        "tokens",
+        "tokens/s",
+        "MFU n/a",
+        "left 0:00:0",
+        "first step",
+    ):
+        assert f"  {name}" in lines[-1]
+    assert "validation" not in lines[-1]
+
+
+def test_table(lm, capsys, monkeypatch):
+    """In a terminal, it is there during the epoch, and a line afterwards."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(monitor, "REFRESH_SECONDS", 0.0)
+    fit(lm, rows(5), callbacks=[Monitor()], validation_data=rows(1))
+    table, line = capsys.readouterr().out.rsplit("\x1b[?25h", 1)
+    assert table.count("│ gradient norm") >= 5
+    assert "step 5  loss" in line and "validation loss" in line
+    assert "│" not in line
+
+
+def test_other_processes_are_silent(lm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    watching = Monitor(tmp_path / "run", every=1)
+    fit(lm, rows(2), callbacks=[watching])
+    assert len(watching.statistics) == 2
+    assert not capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+# === Utilisation ===
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "bfloat16", "float32"),
+    [
+        ("TPU v2", 22.5, 22.5),
+        ("TPU v3", 61.5, 61.5),
+        ("TPU v4", 275, 275),
+        ("TPU v5 lite", 197, 197),
+        ("TPU v5p", 459, 459),
+        ("TPU v6 lite", 918, 918),
+        ("NVIDIA A100-SXM4-80GB", 312, 156),
+        ("NVIDIA A100 80GB PCIe", 312, 156),
+        ("NVIDIA H100 80GB HBM3", 989.5, 494.7),
+        ("NVIDIA H100 PCIe", 756, 378),
+        ("NVIDIA H200", 989.5, 494.7),
+        ("NVIDIA L4", 121, 60),
+        ("NVIDIA L40S", 362, 183),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+        ("Tesla T4", 65, 8.1),
+        ("Tesla V100-SXM2-16GB", 125, 15.7),
+        ("Tesla V100-PCIE-16GB", 112, 14),
+    ],
+)
+def test_peaks(device_kind, bfloat16, float32):
+    assert peak_flops(device_kind, "bfloat16") == 1e12 * bfloat16
+    assert peak_flops(device_kind, "float16") == 1e12 * bfloat16
+    assert peak_flops(device_kind, "float32") == 1e12 * float32
+
+
+def test_unknown_devices_have_no_peak():
+    assert peak_flops("cpu", "float32") is None
+    assert peak_flops("NVIDIA L400", "bfloat16") is None
+
+
+def test_flops_per_token():
+    lm = make_lm()
+    size = lm.count_params()
+    attention = 6 * 2 * 32 * 100
+    assert flops_per_token(lm, 100) == 6 * size + attention
+    block = lm.backbone.transformer_layers[0]
+    block.trainable = False
+    frozen = block.count_params()
+    assert flops_per_token(lm, 100) == 6 * size - 2 * frozen + attention
+
+
+def test_utilisation_of_several_devices(capsys, monkeypatch):
+    """Sharded over two devices, and the peak is that of both."""
+    monkeypatch.setattr(hardware, "PEAKS", [("cpu", 0.0, 1e-3)])
+    devices = [f"cpu:{i}" for i in range(2)]
+    with keras.distribution.DataParallel(devices=devices).scope():
+        lm = make_lm(keras.optimizers.SGD(0.1))
+        watching = Monitor()
+        fit(lm, rows(3), callbacks=[watching])
+    line = capsys.readouterr().out
+    speed = watching.statistics.tokens_per_second()
+    share = speed * flops_per_token(lm, 32) / (2 * 1e9)
+    assert f"  MFU {share:.1%}  " in line
+
+
+# === What must not be ===
+
+
+class KeptBatches(keras.callbacks.Callback):
+    """Keeps batches by number, the first of which is number 5."""
+
+    _start = 5, None
+
+    def __init__(self, *data):
+        super().__init__()
+        self._data = data
+
+    def on_train_begin(self, logs=None):
+        self.model.train_batches = self
+
+    def batch(self, number):
+        if not self._data:
+            raise ValueError(f"Received: number={number}")
+        first = (number - 5) * BATCH_SIZE
+        return jax.tree.map(lambda a: a[first : first + BATCH_SIZE], self._data)
+
+
+@pytest.fixture
+def broken(lm):
+    """Data whose third batch has no finite loss."""
+    x = rows(4)
+    y = np.roll(x["token_ids"], -1, axis=1)
+    weights = np.ones(y.shape, "float32")
+    weights[2 * BATCH_SIZE :] = np.inf
+    yield dict(x=x, y=y, sample_weight=weights)
+    lm.train_batches = None
+
+
+def test_a_loss_that_is_not_finite(lm, broken, tmp_path):
+    x, y, weights = broken.values()
+    with pytest.raises(FloatingPointError, match="of step 3 is not") as error:
+        fit(
+            lm,
+            **broken,
+            callbacks=[Monitor(tmp_path / "run"), KeptBatches(x, y, weights)],
+        )
+    path = tmp_path / "run" / "non_finite_step_3.npz"
+    assert f"Its batch is saved to {path}." in str(error.value)
+    assert "Received: loss=nan, gradient_norm=nan" in str(error.value)
+    with np.load(path) as arrays:
+        third = slice(2 * BATCH_SIZE, 3 * BATCH_SIZE)
+        assert set(arrays) == {*x, "y", "sample_weight"}
+        np.testing.assert_array_equal(
+            arrays["token_ids"], x["token_ids"][third]
+        )
+        np.testing.assert_array_equal(arrays["y"], y[third])
+        assert np.isinf(arrays["sample_weight"]).all()
+    assert read_statistics(tmp_path / "run")["step"] == [[1, 2]]
+
+
+def test_a_batch_that_is_not_saved(lm, broken, tmp_path):
+    for folder, others, message in (
+        (None, [KeptBatches()], "the monitor has no folder"),
+        (tmp_path, [], "batches are kept for Grain data sets only"),
+        (tmp_path, [KeptBatches()], "could not be read again: .* number=7"),
+    ):
+        set_state_of(lm, compiled("plain")[1])
+        lm.train_batches = None
+        with pytest.raises(FloatingPointError, match=message):
+            fit(lm, **broken, callbacks=[Monitor(folder), *others])
+
+
+def test_other_processes_stop(lm, broken, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(FloatingPointError, match="by the first process"):
+        fit(lm, **broken, callbacks=[Monitor(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_the_optimizer_skips():
+    """A factor too large for the gradient is made smaller, as ever."""
+    lm, state = compiled("scaled")
+    set_state_of(lm, state)
+    lm.optimizer.dynamic_scale.assign(3e38)
+    watching = Monitor()
+    fit(lm, rows(2), callbacks=[watching])
+    assert watching.statistics.entries["gradient_norm"][0] is None
+    assert all(map(math.isfinite, watching.statistics.entries["loss"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(every=0), "Received: every=0"),
+        (dict(every=1.5), "Received: every=1.5"),
+        (dict(total_steps=0), "Received: total_steps=0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Monitor(**arguments)
+
+
+def test_models_whose_steps_cannot_be_told_apart():
+    lm = make_lm(loss="mse", weighted_metrics=None)
+    with pytest.raises(ValueError, match="of class BwETAFCausalLM"):
+        Monitor().set_model(lm)
+    with pytest.raises(ValueError, match="of class SimpleNamespace"):
+        Monitor().set_model(SimpleNamespace())
+    lm = make_lm(steps_per_execution=2)
+    with pytest.raises(ValueError, match="steps_per_execution=2"):
+        Monitor().set_model(lm)
