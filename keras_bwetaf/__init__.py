@@ -15,6 +15,7 @@ from keras_bwetaf.models import (
 )
 from keras_bwetaf.presets import from_preset, list_presets
 from keras_bwetaf.training import recipe
+from keras_bwetaf.training.run import train
 
 __version__ = version("keras-bwetaf")
 
@@ -30,6 +31,7 @@ __all__ = [
     "list_presets",
     "models",
     "recipe",
+    "train",
     "train_tokenizer",
     "training",
 ]

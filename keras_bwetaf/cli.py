@@ -1,15 +1,21 @@
-"""The command line: `keras-bwetaf generate` and `keras-bwetaf info`."""
+"""The command line, `keras-bwetaf`."""
 
 import contextlib
+import dataclasses
 import enum
+import inspect
+import json
 import math
 import signal
 import sys
 import threading
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from keras_bwetaf.training.settings import TrainingSettings, read_settings
 
 app = typer.Typer(
     help="The BwETAFv3 language model in Keras.",
@@ -179,6 +185,148 @@ def info(
     console.print(table)
     if folder is not None:
         console.print(str(folder), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Text: a name, files, hf://datasets/... or tfds:NAME.",
+        ),
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where to write tokens.")
+    ],
+    preset: Annotated[
+        str, typer.Option(help="Whose tokenizer: a name, a folder, hf://...")
+    ] = "97m",
+    split: Annotated[str, typer.Option(help="The source's split.")] = "train",
+    column: Annotated[
+        str, typer.Option(help="Where records hold their text.")
+    ] = "text",
+    replace_errors: Annotated[
+        bool, typer.Option(help="Replace invalid UTF-8 instead of failing.")
+    ] = False,
+    validation_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share to hold out.")
+    ] = 0.0,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; one for each core.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Remove tokens that are there.")
+    ] = False,
+):
+    """Tokenize SOURCE into shards in FOLDER, for `train` and `load_packed`."""
+    import keras_bwetaf
+
+    keras_bwetaf.data.pack(
+        source,
+        folder,
+        keras_bwetaf.BwETAFTokenizer.from_preset(preset),
+        split=split,
+        column=column,
+        errors="replace" if replace_errors else "strict",
+        num_workers=num_workers,
+        validation_fraction=validation_fraction,
+        overwrite=overwrite,
+    )
+
+
+def _takes_settings(command):
+    """Gives a command an option for each of a run's settings.
+
+    Tables take any number of `--option key=value`.
+    """
+    signature = inspect.signature(command)
+    parameters = [
+        parameter
+        for parameter in signature.parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    for field in dataclasses.fields(TrainingSettings):
+        kind = field.type
+        option = {"help": field.metadata["help"]}
+        if kind is dict:
+            kind, option["metavar"] = list[str], "KEY=VALUE"
+        elif kind is bool:
+            kind = bool | None
+        else:
+            kind = str | None if field.name == "data" else kind | None
+            if field.default not in (None, dataclasses.MISSING):
+                option["help"] += f" [default: {field.default}]"
+        annotation = Annotated[kind, typer.Option(**option)]
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=annotation,
+            )
+        )
+    command.__signature__ = signature.replace(parameters=parameters)
+    command.__annotations__ = {
+        each.name: each.annotation for each in parameters
+    }
+    return command
+
+
+@app.command()
+@_takes_settings
+def train(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of the run.")
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML, YAML or JSON file; options come before it."),
+    ] = None,
+    **settings,
+):
+    """Train a model from text, or go on with the run in RUN."""
+    from keras_bwetaf.training import run as training_run
+
+    given = {} if config is None else read_settings(config)
+    for name, value in settings.items():
+        if isinstance(value, list):
+            given[name] = {**given.get(name, {}), **_table(name, value)}
+        elif value is not None:
+            given[name] = value
+    training_run.train(run, **given)
+
+
+def _table(name, items):
+    """`["a=1", "b=x"]` to `{"a": 1, "b": "x"}`."""
+    table = {}
+    for item in items:
+        key, is_pair, value = item.partition("=")
+        if not is_pair:
+            raise typer.BadParameter(
+                f"expected KEY=VALUE. Received: {item!r}",
+                param_hint=f"--{name}",
+            )
+        try:
+            table[key] = json.loads(value)
+        except ValueError:
+            table[key] = value
+    return table
+
+
+@app.command()
+def plot(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Defaults to losses.png in RUN.")
+    ] = None,
+):
+    """Plot the losses of the run in RUN."""
+    from keras_bwetaf.training import plot_losses
+
+    print(plot_losses(run, output))
 
 
 def main():

@@ -18,6 +18,14 @@ from converters.files import read_json
 from keras_bwetaf import hub
 
 PRESETS = {
+    "tiny": {
+        "folder": Path(__file__).parent / "assets" / "tiny",
+        "description": (
+            "Children's stories, context 256, trained by examples/tiny; "
+            "comes with the package"
+        ),
+        "parameters": 2_631_360,
+    },
     "97m": {
         "repo": "WICKED4950/BwETAFv3-97M",
         "revision": "main",
@@ -136,7 +144,7 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
     if layout == "keras":
         backbone = _keras_backbone(folder, saved, config, dtype, load_weights)
     elif not load_weights:
-        base = known["config"] if known else saved
+        base = load_config(preset) if known else saved
         backbone = _canonical_backbone({**base, **config}, dtype)
     else:
         backbone = _canonical_backbone({**saved, **config}, dtype, folder)
@@ -164,7 +172,7 @@ def preset_folder(preset, revision=None, weights=True):
     """
     repo, revision = _repository(preset, revision)
     if repo is None:
-        return Path(preset)
+        return _folder(preset)
     return hub.cached(repo, revision) or hub.fetch(
         repo, revision, weights, check=backbone_config
     )
@@ -181,7 +189,48 @@ def cached_folder(preset, revision=None):
         A `Path`, or `None` if the preset has to be downloaded first.
     """
     repo, revision = _repository(preset, revision)
-    return Path(preset) if repo is None else hub.cached(repo, revision)
+    return _folder(preset) if repo is None else hub.cached(repo, revision)
+
+
+def load_tokenizer(preset, revision=None, **options):
+    """The tokenizer of a preset; downloads no weights.
+
+    Args:
+        preset: str or path. As for `from_preset`.
+        revision: str. As for `from_preset`.
+        **options: Arguments of the tokenizer.
+
+    Returns:
+        A `BwETAFTokenizer`.
+
+    Raises:
+        As `from_preset`.
+    """
+    from keras_hub.tokenizers import Tokenizer
+
+    folder = preset_folder(preset, revision, weights=False)
+    layout = converters.detect_format(folder)
+    if layout == "keras":
+        return Tokenizer.from_preset(str(folder), **options)
+    return _tokenizer(folder, layout, **options)
+
+
+def load_config(preset):
+    """The backbone's configuration of a preset; no network for known names.
+
+    Args:
+        preset: str or path. As for `from_preset`.
+
+    Returns:
+        dict.
+
+    Raises:
+        As `from_preset`.
+    """
+    known = PRESETS.get(preset) if isinstance(preset, str) else None
+    if known and "config" in known:
+        return known["config"]
+    return backbone_config(preset_folder(preset, weights=False))
 
 
 def backbone_config(folder):
@@ -216,8 +265,8 @@ def _repository(preset, revision):
             "'hf://owner/repo' or a folder. Received: "
             f"preset={preset!r} of type {type(preset).__name__}"
         )
-    if isinstance(preset, str) and preset in PRESETS:
-        known = PRESETS[preset]
+    known = PRESETS.get(preset) if isinstance(preset, str) else None
+    if known and "repo" in known:
         return known["repo"], revision or known["revision"]
     if isinstance(preset, str) and preset.startswith(HUB_PREFIX):
         repo = preset.removeprefix(HUB_PREFIX)
@@ -227,7 +276,7 @@ def _repository(preset, revision):
                 f"preset={preset!r}"
             )
         return repo, revision or constants.DEFAULT_REVISION
-    if not os.path.isdir(preset):
+    if not (known or os.path.isdir(preset)):
         raise ValueError(
             "Unknown preset: there is no such name and no such folder. Pass "
             f"one of {list(PRESETS)}, 'hf://owner/repo' or an existing "
@@ -239,6 +288,12 @@ def _repository(preset, revision):
             f"preset={os.fspath(preset)!r}, revision={revision!r}"
         )
     return None, None
+
+
+def _folder(preset):
+    """The folder that a preset is, or that comes with this package."""
+    known = PRESETS.get(preset) if isinstance(preset, str) else None
+    return known["folder"] if known else Path(preset)
 
 
 def _check_keywords(config):
@@ -325,10 +380,18 @@ def _preprocessor(folder, layout, backbone):
     from keras_bwetaf.models.causal_lm_preprocessor import (
         BwETAFCausalLMPreprocessor,
     )
-    from keras_bwetaf.models.tokenizer import BwETAFTokenizer
 
     if layout == "keras":
         return BwETAFCausalLMPreprocessor.from_preset(str(folder))
+    return BwETAFCausalLMPreprocessor(
+        _tokenizer(folder, layout), sequence_length=backbone.max_sequence_length
+    )
+
+
+def _tokenizer(folder, layout, **options):
+    """The tokenizer of a folder that is not a KerasHub preset."""
+    from keras_bwetaf.models.tokenizer import BwETAFTokenizer
+
     name, keys = TOKENIZER_SETTINGS[layout]
     settings = read_json(folder / name) if (folder / name).is_file() else {}
     special = {
@@ -336,10 +399,8 @@ def _preprocessor(folder, layout, backbone):
         for argument, key in keys.items()
         if isinstance(settings.get(key), str)
     }
-    return BwETAFCausalLMPreprocessor(
-        BwETAFTokenizer(str(folder / hub.TOKENIZERS[layout]), **special),
-        sequence_length=backbone.max_sequence_length,
-    )
+    path = folder / hub.TOKENIZERS[layout]
+    return BwETAFTokenizer(str(path), **{**special, **options})
 
 
 def _shapes(config):

@@ -1,3 +1,4 @@
+import functools
 import os
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from keras_bwetaf.models.causal_lm_preprocessor import (
 )
 from keras_bwetaf.models.lora import merged_for_saving
 from keras_bwetaf.training import train_step
+from keras_bwetaf.training.checkpoints import TrainingCheckpoint, track
 from keras_bwetaf.training.metrics import TokenMetrics
 
 # Often enough that a keyboard interrupt is answered within a second or two,
@@ -67,6 +69,8 @@ class BwETAFCausalLM(CausalLM):
 
     backbone_cls = BwETAFBackbone
     preprocessor_cls = BwETAFCausalLMPreprocessor
+    # Of the last `fit`: `TrackedBatches`, if its data was a Grain data set.
+    train_batches = None
 
     def __init__(self, backbone, preprocessor=None, **kwargs):
         # === Layers ===
@@ -179,6 +183,37 @@ class BwETAFCausalLM(CausalLM):
         if isinstance(x, dict) and "token_ids" in x:  # They are token ids.
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return super().preprocess_samples(x, y, sample_weight)
+
+    def fit(self, x=None, *args, callbacks=None, **kwargs):
+        """Trains the model. See `keras.Model.fit`.
+
+        Args:
+            x: Strings; a dict of `token_ids` and `padding_mask`; or a data
+                set of batches of them, such as `keras_bwetaf.data.load_packed`
+                returns. Batches of a `grain.IterDataset` can be read again
+                by the number of their step, from `train_batches`.
+            callbacks: list. With a `keras_bwetaf.training.TrainingCheckpoint`
+                among them, training goes on from the latest checkpoint.
+            *args, **kwargs: See `keras.Model.fit`.
+
+        Returns:
+            `keras.callbacks.History`.
+        """
+        self.train_batches = track(x)
+        if self.train_batches is not None:
+            x = self.train_batches
+            kwargs.setdefault("shuffle", False)  # Or Keras warns.
+        fit = functools.partial(super().fit, x, *args)
+        for callback in keras.tree.flatten(callbacks):
+            if isinstance(callback, TrainingCheckpoint):
+                return callback.run(
+                    fit,
+                    self,
+                    self.train_batches,
+                    callbacks=callbacks,
+                    **kwargs,
+                )
+        return fit(callbacks=callbacks, **kwargs)
 
     def make_train_function(self, force=False):
         # Keras itself finds out in the middle of `fit`, and loses all weights.

@@ -120,6 +120,33 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
                 f"tokenizer={tokenizer!r} of type {type(tokenizer).__name__}"
             )
 
+    @classmethod
+    def from_preset(cls, preset, revision=None, **kwargs):
+        """Loads the tokenizer of a preset; no weights are downloaded.
+
+        Args:
+            preset: str or path. As for `keras_bwetaf.from_preset`.
+            revision: str. As for `keras_bwetaf.from_preset`.
+            **kwargs: Arguments of the tokenizer.
+
+        Returns:
+            A `BwETAFTokenizer`.
+
+        Raises:
+            ValueError: If the preset is unknown or has no tokenizer, or its
+                files are damaged.
+            Others: As `keras_bwetaf.from_preset`.
+
+        Example:
+
+        ```python
+        tokenizer = keras_bwetaf.BwETAFTokenizer.from_preset("97m")
+        ```
+        """
+        from keras_bwetaf import presets
+
+        return presets.load_tokenizer(preset, revision, **kwargs)
+
     def _load_file(self, path):
         if not os.path.isfile(path):
             raise FileNotFoundError(

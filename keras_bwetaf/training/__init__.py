@@ -1,3 +1,4 @@
+from keras_bwetaf.training.checkpoints import TrainingCheckpoint
 from keras_bwetaf.training.diagnostics import (
     TensorStatistics,
     gradient_statistics,
@@ -17,6 +18,7 @@ __all__ = [
     "AdamW",
     "Monitor",
     "TensorStatistics",
+    "TrainingCheckpoint",
     "WarmupDecay",
     "gradient_statistics",
     "load_optimizer_state",

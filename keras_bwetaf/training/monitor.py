@@ -136,7 +136,7 @@ class Monitor(keras.callbacks.Callback):
             batches = getattr(self._model, "train_batches", None)
             # From the steps before a batch to the number of the batch.
             self._offset = (
-                None if batches is None else batches._start[0] - self._step
+                None if batches is None else batches.first_number - self._step
             )
         self._collect(but=1)
 

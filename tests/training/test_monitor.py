@@ -433,7 +433,7 @@ def test_utilisation_of_several_devices(capsys, monkeypatch):
 class KeptBatches(keras.callbacks.Callback):
     """Keeps batches by number, the first of which is number 5."""
 
-    _start = 5, None
+    first_number = 5
 
     def __init__(self, *data):
         super().__init__()

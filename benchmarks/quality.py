@@ -1,0 +1,74 @@
+"""Trains a model like one that the original trained, and compares their losses.
+
+    python -m benchmarks.quality CHECKPOINT DOCUMENTS VALIDATION
+
+CHECKPOINT is a folder that the original package saved. A new model of its
+configuration is trained from nothing with the card's recipe, on as many steps
+and rows; then both are evaluated on the same rows.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import keras_bwetaf
+
+import keras  # isort: skip  after keras_bwetaf, which chooses the backend
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument(
+        "documents", type=Path, help='JSON: {"train": [text, ...], ...}'
+    )
+    parser.add_argument("validation", type=Path, help=".npy, rows of tokens")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=48, help="for validation")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    keras.utils.set_random_seed(arguments.seed)
+
+    trained = keras_bwetaf.from_preset(arguments.checkpoint, dtype="float32")
+    new = keras_bwetaf.from_preset(
+        arguments.checkpoint, dtype="float32", load_weights=False
+    )
+    tokenizer = new.preprocessor.tokenizer
+    new.compile(keras_bwetaf.recipe("97m", total_steps=arguments.steps))
+    documents = json.loads(arguments.documents.read_text("utf-8"))["train"]
+    with tempfile.TemporaryDirectory() as folder:
+        keras_bwetaf.data.pack(documents, folder, tokenizer)
+        dataset = keras_bwetaf.data.load_packed(
+            folder,
+            sequence_length=new.backbone.max_sequence_length,
+            batch_size=arguments.batch,
+            tokenizer=tokenizer,
+            seed=arguments.seed,
+        )
+        start = time.perf_counter()
+        new.fit(dataset, steps_per_epoch=arguments.steps, verbose=2)
+        print(f"{time.perf_counter() - start:.0f} s of training")
+
+    rows = np.load(arguments.validation)[: arguments.rows].astype("int32")
+    ends = (rows == tokenizer.end_token_id).astype("int32")
+    documents = 1 + np.cumsum(ends, axis=1) - ends
+    print("mask       original  keras_bwetaf")
+    for name, mask in (
+        ("causal", np.ones_like(rows)),
+        ("documents", documents),
+    ):
+        inputs = {"token_ids": rows, "padding_mask": mask}
+        losses = [
+            lm.evaluate(inputs, batch_size=8, verbose=0, return_dict=True)
+            for lm in (trained, new)
+        ]
+        print(f"{name:10}", *(f"{each['loss']:9.4f}" for each in losses))
+
+
+if __name__ == "__main__":
+    main()

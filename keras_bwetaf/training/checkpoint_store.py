@@ -1,0 +1,320 @@
+"""Checkpoints of a training in a folder, by Orbax, with checksums.
+
+Orbax writes in the background, and renames a checkpoint's folder when it is
+complete. It does not notice all damage. So the checksum of each array is
+computed where the array is, and compared when the array was restored.
+"""
+
+import hashlib
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+
+from keras_bwetaf.data.optional import import_optional
+
+WEIGHTS = "weights"
+OPTIMIZER = "optimizer"
+RUN = "run"
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint can't be read, or does not hold what was saved."""
+
+
+class CheckpointStore:
+    """A folder of checkpoints; use it in a `with` statement.
+
+    A checkpoint is a folder named by its step. It holds the items `weights`
+    and `optimizer`, arrays by the paths of their variables, and `run`, JSON.
+
+    Args:
+        folder: Path.
+        monitor: str. The entry of a run's `"logs"` that is compared.
+        mode: `"min"` or `"max"`. Which values of it are better.
+        keep_last: int. How many of the latest to keep when another is saved.
+        keep_best: int. How many of the best to keep besides.
+        create: bool. Whether to make the folder, and to remove what a
+            process left in it that was killed while it saved.
+    """
+
+    def __init__(self, folder, *, monitor, mode, keep_last, keep_best, create):
+        self._ocp = import_optional(
+            "orbax.checkpoint", "train", "`TrainingCheckpoint`"
+        )
+        self.folder = folder
+        self._monitor = monitor
+        self._sign = {"min": 1, "max": -1}[mode]
+        self._keep_last = keep_last
+        self._keep_best = keep_best
+        self._values = {}
+        options = self._ocp.CheckpointManagerOptions(
+            create=create,
+            cleanup_tmp_directories=create,
+            save_root_metadata=False,
+            # What is damaged shall be found later, by `restore`.
+            lightweight_initialize=True,
+            preservation_policy=self,
+        )
+        self._manager = self._ocp.CheckpointManager(folder, options=options)
+        for step in self.steps:
+            try:
+                self._rate(self._read_run(step))
+            except DamagedCheckpointError:
+                pass  # It is none of the best.
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._manager.close()
+
+    @property
+    def steps(self):
+        """The steps that there are checkpoints of, in order."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best_steps(self):
+        """Those of them that have a value to compare, the best first."""
+        rated = [step for step in self.steps if step in self._values]
+        return sorted(rated, key=lambda step: self._sign * self._values[step])
+
+    def should_preserve(self, checkpoints, *, context):
+        """Which checkpoints to keep: Orbax asks for it with each new one."""
+        kept = self.steps[-self._keep_last :]
+        kept += self.best_steps[: self._keep_best]
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+    def save(self, model, run):
+        """Copies a model's state, and begins to write it.
+
+        Waits for the checkpoint before to be written.
+
+        Args:
+            model: `keras.Model`, compiled and built.
+            run: dict that JSON can hold. What to save besides: `"step"`,
+                `"logs"` and more.
+
+        Returns:
+            bool. Whether all numbers are finite. If not, nothing is saved.
+        """
+        arrays = _arrays(model)
+        checksums, are_finite = _examine(arrays)
+        if not are_finite:
+            return False
+        # As text, since the run goes on while it is written.
+        text = json.dumps({**run, "arrays": _described(arrays, checksums)})
+        args = self._ocp.args
+        items = {name: args.StandardSave(item) for name, item in arrays.items()}
+        items[RUN] = args.JsonSave({"sha256": _sha256(text), RUN: text})
+        self._rate(run)
+        self._manager.save(
+            run["step"], args=args.Composite(**items), force=True
+        )
+        return True
+
+    def wait(self):
+        """Waits until all is written."""
+        self._manager.wait_until_finished()
+
+    def restore(self, model, step, include_optimizer=True):
+        """Puts a checkpoint's arrays into the variables of a model.
+
+        Nothing is changed before all is read and checked. An array takes the
+        sharding of its variable.
+
+        Args:
+            model: `keras.Model`.
+            step: int. One of `steps`.
+            include_optimizer: bool. Whether to restore the optimizer's state,
+                too, into a compiled model.
+
+        Returns:
+            dict: what `save` was given as `run`.
+
+        Raises:
+            DamagedCheckpointError: If files are damaged or missing.
+            ValueError: If the model has other variables.
+        """
+        run = self._read_run(step)
+        variables = _variables(model, include_optimizer)
+        saved = {name: run["arrays"][name] for name in variables}
+        self._check_variables(step, saved, variables)
+        args = self._ocp.args
+        items = {
+            name: args.StandardRestore(
+                {key: _abstract(item[key].value) for key in item}
+            )
+            for name, item in variables.items()
+        }
+        try:
+            restored = self._manager.restore(step, args=args.Composite(**items))
+        except Exception as error:  # Damage has many names.
+            raise self._damaged(step, error) from error
+        arrays = {name: restored[name] for name in variables}
+        checksums, _ = _examine(arrays)
+        wrong = [
+            f"{name}/{key}"
+            for name, item in saved.items()
+            for key, (_, _, checksum) in item.items()
+            if checksum != checksums[name][key]
+        ]
+        if wrong:
+            raise self._damaged(step, f"other numbers in {', '.join(wrong)}")
+        for name, item in variables.items():
+            for key, variable in item.items():
+                variable.assign(arrays[name][key])
+        return run
+
+    def delete_after(self, step):
+        """Deletes the checkpoints of later steps."""
+        for later in self.steps:
+            if later > step:
+                self._manager.delete(later)
+
+    def _rate(self, run):
+        value = (run["logs"] or {}).get(self._monitor)
+        if value is not None and math.isfinite(value):
+            self._values[run["step"]] = value
+
+    def _read_run(self, step):
+        args = self._ocp.args
+        items = args.Composite(**{RUN: args.JsonRestore()})
+        try:
+            stored = self._manager.restore(step, args=items)[RUN]
+            text, digest = stored[RUN], stored["sha256"]
+            actual = _sha256(text)
+        except Exception as error:  # Damage has many names.
+            raise self._damaged(step, error) from error
+        if digest != actual:
+            raise self._damaged(step, f"other content in {RUN}")
+        return json.loads(text)
+
+    def _damaged(self, step, reason):
+        if isinstance(reason, Exception):
+            reason = f"{type(reason).__name__}: {reason!s:.300}"
+        earlier = [other for other in self.steps if other < step]
+        return DamagedCheckpointError(
+            f"{self.folder / str(step)}: the checkpoint is damaged. "
+            + (
+                f"The one before is {earlier[-1]}; to go on from the latest "
+                'that is intact, pass `on_damage="previous"`. '
+                if earlier
+                else "There is none before it. "
+            )
+            + f"Received: {reason}"
+        )
+
+    def _check_variables(self, step, saved, variables):
+        """Compares names, dtypes and shapes.
+
+        Raises:
+            ValueError: That lists every difference.
+        """
+        problems = []
+        for name, item in variables.items():
+            for key in sorted({*saved[name], *item}):
+                there, here = "nothing", "nothing"
+                if key in saved[name]:
+                    dtype, shape, _ = saved[name][key]
+                    there = f"{dtype} {tuple(shape)}"
+                if key in item:
+                    here = f"{item[key].dtype} {tuple(item[key].shape)}"
+                if there != here:
+                    problems.append(
+                        f"- {name}/{key}: saved {there}, model has {here}"
+                    )
+        if problems:
+            raise ValueError(
+                f"{self.folder / str(step)}: the checkpoint is of another "
+                "model or optimizer. Build and compile the model as it was, "
+                "or take another folder. Received:\n" + "\n".join(problems)
+            )
+
+
+def _variables(model, include_optimizer=True):
+    """The variables of a model and of its optimizer, by path.
+
+    Keras numbers optimizers and random generators through a process: a path
+    begins with `adam_w_1` if there was another optimizer before. So these
+    numbers are left out.
+
+    Returns:
+        dict of `"weights"` and `"optimizer"` to dicts of path to variable.
+    """
+    weights = model.trainable_variables + model.non_trainable_variables
+    items = {WEIGHTS: _by_path(weights, r"\b(seed_generator)_\d+/")}
+    if include_optimizer:
+        optimizer = model.optimizer
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        items[OPTIMIZER] = _by_path(optimizer.variables, r"^([^/]+?)_\d+/")
+    return items
+
+
+def _by_path(variables, numbered):
+    named = {}
+    for variable in variables:
+        path = re.sub(numbered, r"\1/", variable.path)
+        while path in named:  # Two generators of one layer.
+            path += "_"
+        named[path] = variable
+    return named
+
+
+def _arrays(model):
+    return jax.tree.map(lambda variable: variable.value, _variables(model))
+
+
+def _abstract(array):
+    return jax.ShapeDtypeStruct(
+        array.shape, array.dtype, sharding=array.sharding
+    )
+
+
+def _described(arrays, checksums):
+    """Dtype, shape and checksum of each array."""
+    return jax.tree.map(
+        lambda array, checksum: (str(array.dtype), array.shape, checksum),
+        arrays,
+        checksums,
+    )
+
+
+def _examine(arrays):
+    """Looks at arrays where they are.
+
+    Returns:
+        Tuple of a tree of checksums, int, and a bool, whether all numbers
+        are finite.
+    """
+    examined = jax.device_get(jax.tree.map(_examine_array, arrays))
+    checksums = jax.tree.map(lambda pair: int(pair[0]), examined)
+    are_finite = all(pair[1] for pair in jax.tree.leaves(examined))
+    return checksums, are_finite
+
+
+@jax.jit
+def _examine_array(array):
+    """Sums up the bits of the elements, each times an odd number of its own.
+
+    So no element can change without the sum, which is modulo 2**32 and does
+    not depend on the sharding.
+
+    Returns:
+        uint32 `(2,)`: the sum, and 1 if all elements are finite.
+    """
+    width = 8 * min(array.dtype.itemsize, 4)
+    bits = array
+    if array.dtype != bool:
+        bits = jax.lax.bitcast_convert_type(array, f"uint{width}")
+    place = jnp.arange(bits.size, dtype="uint32").reshape(bits.shape)
+    checksum = jnp.sum(bits.astype("uint32") * (2 * place + 1), dtype="uint32")
+    return jnp.stack([checksum, jnp.isfinite(array).all().astype("uint32")])
+
+
+def _sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()

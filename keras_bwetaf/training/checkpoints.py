@@ -1,0 +1,511 @@
+"""Checkpoints of a running training, from which it goes on exactly."""
+
+import collections
+import contextlib
+import os
+import signal
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_bwetaf.training.checkpoint_store import (
+    CheckpointStore,
+    DamagedCheckpointError,
+)
+
+MODES = ("min", "max")
+ON_DAMAGE = ("raise", "previous")
+
+
+class TrainingCheckpoint(keras.callbacks.Callback):
+    """Saves a training, so that it goes on when the script is run again.
+
+    `BwETAFCausalLM.fit` with this callback first restores the latest
+    checkpoint of the folder, if there is one, and takes the steps that are
+    left. These are the same, bit for bit, as if the training had never
+    stopped, also from the middle of an epoch. For that, the data must be a
+    `grain.IterDataset`, such as `load_packed` returns, that does not end; and
+    the script, the versions and the devices must be the same.
+
+    It saves every `save_every` steps and at the end of each epoch: the model
+    with its random state, the optimizer, the metrics of the epoch so far, the
+    position in the data, and the state of every other callback that has
+    `get_state()`, which returns a dict that JSON can hold, and
+    `set_state(state)`. Training waits while the device's memory is copied;
+    it is written in the background. A checkpoint appears when it is
+    complete. None is saved if a weight is not finite.
+
+    On SIGTERM, which preemptible machines get before they are taken away,
+    the running step is finished and saved, and the process exits with status
+    143. During a validation, that happens after it. Python lets only the main
+    thread do this: in another one, `fit` does not answer the signal.
+
+    Args:
+        folder: str or path. Of this training alone.
+        save_every: int. Steps.
+        keep_last: int. How many of the latest checkpoints to keep.
+        keep_best: int. How many to keep besides, of those at the end of an
+            epoch, that are best by `monitor`.
+        monitor: str. A name in the logs of an epoch.
+        mode: `"min"` or `"max"`. Which values of it are better.
+        on_damage: `"raise"` or `"previous"`. Whether to go on from an earlier
+            checkpoint if the latest is damaged. The damaged is then deleted.
+
+    Raises:
+        ValueError: If an argument is out of range. `fit` raises it, too, if
+            the latest checkpoint is damaged, or if the model, the optimizer,
+            the data or `steps_per_epoch` are not as they were.
+
+    Example:
+
+    ```python
+    checkpoint = keras_bwetaf.training.TrainingCheckpoint(
+        "run/checkpoints", save_every=500
+    )
+    lm.fit(
+        train,
+        steps_per_epoch=1000,
+        epochs=10,
+        validation_data=validation,
+        callbacks=[checkpoint],
+    )
+    checkpoint.restore(lm, "best")
+    lm.save_to_preset("run/best")
+    ```
+    """
+
+    def __init__(
+        self,
+        folder,
+        *,
+        save_every,
+        keep_last=3,
+        keep_best=1,
+        monitor="val_loss",
+        mode="min",
+        on_damage="raise",
+    ):
+        super().__init__()
+        for name, value, smallest in (
+            ("save_every", save_every, 1),
+            ("keep_last", keep_last, 1),
+            ("keep_best", keep_best, 0),
+        ):
+            if not isinstance(value, int) or value < smallest:
+                raise ValueError(
+                    f"`{name}` must be an int of at least {smallest}. "
+                    f"Received: {name}={value!r}"
+                )
+        for name, value, values in (
+            ("mode", mode, MODES),
+            ("on_damage", on_damage, ON_DAMAGE),
+        ):
+            if value not in values:
+                raise ValueError(
+                    f"`{name}` must be one of {values}. Received: "
+                    f"{name}={value!r}"
+                )
+        self.folder = Path(os.path.abspath(folder))
+        self.save_every = save_every
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.monitor = monitor
+        self.mode = mode
+        self.on_damage = on_damage
+        self._store = None
+
+    def restore(self, model, step="latest", include_optimizer=False):
+        """Puts the weights of a checkpoint into a model.
+
+        Args:
+            model: `BwETAFCausalLM`, such as the one that was trained.
+            step: `"latest"`; `"best"`, by `monitor`; or int, the number of
+                steps trained.
+            include_optimizer: bool. Whether to restore the optimizer's
+                state, too. The model must be compiled as it was.
+
+        Returns:
+            dict: `"step"`; `"epoch"`, how many were complete; and `"logs"`
+            of the last of them, or None in the middle of one.
+
+        Raises:
+            ValueError: If there is no such checkpoint, it is damaged, or it
+                is of another model.
+        """
+        with self._open_store(create=False) as store:
+            steps = {
+                "latest": store.steps[-1:],
+                "best": store.best_steps[:1],
+            }.get(step, [step] if step in store.steps else [])
+            if not steps:
+                raise ValueError(
+                    f"{self.folder} has no such checkpoint. Expected: one of "
+                    f"{store.steps}, 'latest', or 'best' if an epoch logged "
+                    f"{self.monitor!r}. Received: step={step!r}"
+                )
+            if step == "latest":
+                run = self._restore_latest(store, model, include_optimizer)
+            else:
+                run = store.restore(model, steps[0], include_optimizer)
+        return {name: run[name] for name in ("step", "epoch", "logs")}
+
+    # === While `fit` runs ===
+
+    def on_train_begin(self, logs=None):
+        if self._store is None:
+            raise ValueError(
+                "`TrainingCheckpoint` needs `BwETAFCausalLM.fit`, and to be "
+                f"in a list of callbacks. Received: model={self._model!r}"
+            )
+        if self._restored:
+            _set_states(self._others, self._restored["callbacks"])
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._restored and self._step_in_epoch:
+            _set_metrics(self.model, self._restored["metrics"])
+        self._restored = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        # Overriding `on_train_batch_end` would make Keras wait for each step.
+        if batch == self._step_in_epoch:  # The first one of this `fit`.
+            return
+        self._count_step()
+        # `self.model` would fetch the state of every step.
+        if self._step % self.save_every == 0 or self._is_terminated:
+            self._save()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._batches.was_read(self._step):
+            self._count_step()
+        if self._step_in_epoch == self._steps_per_epoch:
+            self._epoch = epoch + 1
+            self._step_in_epoch = 0
+            self._warn_without_monitor(logs)
+            self._save(logs)
+        elif self._model.stop_training:
+            self._save()
+        else:
+            raise ValueError(
+                "The data set ended within an epoch. Pass one that does not "
+                "end, such as `load_packed` with `repeat=True`. Received: "
+                f"{self._step_in_epoch} batches, steps_per_epoch="
+                f"{self._steps_per_epoch}"
+            )
+
+    def _count_step(self):
+        self._step += 1
+        self._step_in_epoch += 1
+
+    def _save(self, logs=None):
+        is_saved = self._store.save(
+            self.model,
+            {
+                "step": self._step,
+                "epoch": self._epoch,
+                "step_in_epoch": self._step_in_epoch,
+                "steps_per_epoch": self._steps_per_epoch,
+                "data": self._batches.position(self._step),
+                "logs": logs,
+                "metrics": _metrics(self.model) if self._step_in_epoch else [],
+                "callbacks": _states(self._others),
+            },
+        )
+        if not is_saved:
+            warnings.warn(
+                f"Step {self._step} is not saved, since numbers of the "
+                "weights or of the optimizer are not finite.",
+                stacklevel=2,
+            )
+        if self._is_terminated:
+            self._store.wait()
+            self._exit()
+
+    def _warn_without_monitor(self, logs):
+        is_validated = any(name.startswith("val_") for name in logs)
+        is_expected = is_validated or not self.monitor.startswith("val_")
+        if self.keep_best and is_expected and self.monitor not in logs:
+            warnings.warn(
+                f"The best checkpoints can't be told without {self.monitor!r} "
+                f"in the logs. Received: monitor={self.monitor!r}, logs of "
+                f"{sorted(logs)}",
+                stacklevel=2,
+            )
+
+    # === Around `fit` ===
+
+    def run(
+        self,
+        fit,
+        model,
+        batches,
+        *,
+        callbacks,
+        epochs=1,
+        initial_epoch=0,
+        steps_per_epoch=None,
+        verbose="auto",
+        **arguments,
+    ):
+        """Trains from the latest checkpoint on; `fit` calls it.
+
+        Keras begins epochs with their first step. So the rest of an epoch is
+        a `fit` of its own, and callbacks are told of one training.
+
+        Args:
+            fit: function. Keras's `fit`, but for the data.
+            model: `BwETAFCausalLM`.
+            batches: `TrackedBatches`, or `None` if the data is something
+                else.
+            callbacks: list, with this one.
+            **arguments: See `keras.Model.fit`.
+
+        Returns:
+            `keras.callbacks.History` of all epochs.
+        """
+        callbacks = keras.tree.flatten(callbacks)
+        self._check_arguments(model, batches, callbacks, steps_per_epoch)
+        history = _History()
+        # The others come first, so that what they saw of a step is saved.
+        self._others = [each for each in callbacks if each is not self]
+        self._others.append(history)
+        self._batches = batches
+        self._steps_per_epoch = steps_per_epoch
+        self._step, self._epoch, self._step_in_epoch = 0, initial_epoch, 0
+        self._is_terminated = False
+        # Keras's own comes of a `fit` before.
+        model.stop_training = False
+        with self._catch_sigterm(), self._open_store(create=True) as store:
+            self._restored = self._restore_latest(store, model)
+            if self._restored:
+                self._take_over(self._restored)
+                store.delete_after(self._step)  # What is damaged.
+                if verbose:
+                    print(
+                        f"{self.folder}: going on after step {self._step}, "
+                        f"with {self._epoch} of {epochs} epochs complete."
+                    )
+            self._store = store
+            training = _OneTraining(
+                [*self._others, self],
+                add_progbar=verbose != 0,
+                verbose=verbose,
+                epochs=epochs,
+                steps=steps_per_epoch,
+                model=model,
+            )
+            try:
+                for first, last, first_step in self._parts(epochs):
+                    if model.stop_training:
+                        break
+                    if self._step:
+                        batches.go_to(batches.position(self._step))
+                    training.first_step = first_step
+                    fit(
+                        callbacks=training,
+                        initial_epoch=first,
+                        epochs=last,
+                        steps_per_epoch=steps_per_epoch - first_step,
+                        verbose=verbose,
+                        **arguments,
+                    )
+                training.end()
+            finally:
+                self._store = None
+        if self._is_terminated:  # While the last checkpoint was written.
+            self._exit()
+        return history
+
+    def _check_arguments(self, model, batches, callbacks, steps_per_epoch):
+        if batches is None or not steps_per_epoch:
+            raise ValueError(
+                "`TrainingCheckpoint` needs data whose position can be saved, "
+                "and `steps_per_epoch`. Pass a `grain.IterDataset`, such as "
+                "`load_packed` returns. Received: steps_per_epoch="
+                f"{steps_per_epoch}, data that is "
+                f"{'another' if batches is None else 'such'} one"
+            )
+        if model.steps_per_execution != 1:
+            raise ValueError(
+                "`TrainingCheckpoint` has to see every step. Compile the "
+                "model with steps_per_execution=1. Received: "
+                f"steps_per_execution={model.steps_per_execution}"
+            )
+        if sum(isinstance(each, TrainingCheckpoint) for each in callbacks) > 1:
+            raise ValueError(
+                "Expected one `TrainingCheckpoint`. Received: "
+                f"callbacks={callbacks}"
+            )
+
+    def _open_store(self, create):
+        return CheckpointStore(
+            self.folder,
+            monitor=self.monitor,
+            mode=self.mode,
+            keep_last=self.keep_last,
+            keep_best=self.keep_best,
+            create=create,
+        )
+
+    def _restore_latest(self, store, model, include_optimizer=True):
+        """Returns the run of the latest checkpoint, or None without any."""
+        damage = None
+        for step in reversed(store.steps):
+            try:
+                return store.restore(model, step, include_optimizer)
+            except DamagedCheckpointError as error:
+                if self.on_damage == "raise":
+                    raise
+                warnings.warn(str(error), stacklevel=2)
+                damage = error
+        if damage:
+            raise damage
+        return None
+
+    def _take_over(self, run):
+        if run["steps_per_epoch"] != self._steps_per_epoch:
+            raise ValueError(
+                f"{self.folder} has epochs of {run['steps_per_epoch']} steps. "
+                "Go on with as many. Received: steps_per_epoch="
+                f"{self._steps_per_epoch}"
+            )
+        self._batches.go_to(run["data"])
+        self._step = run["step"]
+        self._epoch = run["epoch"]
+        self._step_in_epoch = run["step_in_epoch"]
+        # There may be no step left, and so no `on_train_begin`.
+        _set_states(self._others, run["callbacks"])
+
+    def _parts(self, epochs):
+        """What is left: first epoch, the one after the last, first step."""
+        first = self._epoch
+        if self._step_in_epoch:
+            yield first, first + 1, self._step_in_epoch
+            first += 1
+        if first < epochs:
+            yield first, epochs, 0
+
+    @contextlib.contextmanager
+    def _catch_sigterm(self):
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python lets the main thread only set handlers.
+            return
+
+        def handle(signum, frame):
+            self._is_terminated = True
+
+        self._previous_handler = signal.signal(signal.SIGTERM, handle)
+        try:
+            yield
+        finally:
+            # It is None if it was not set from Python.
+            signal.signal(
+                signal.SIGTERM, self._previous_handler or signal.SIG_DFL
+            )
+
+    def _exit(self):
+        if callable(self._previous_handler):
+            self._previous_handler(signal.SIGTERM, None)
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def track(data):
+    """Wraps a `grain.IterDataset`.
+
+    Args:
+        data: Anything.
+
+    Returns:
+        `TrackedBatches`, or None for other data.
+    """
+    grain = sys.modules.get("grain")
+    if grain is None or not isinstance(data, grain.IterDataset):
+        return None
+    from keras_bwetaf.training.batches import TrackedBatches
+
+    return TrackedBatches(data)
+
+
+class _OneTraining(keras.callbacks.CallbackList):
+    """Callbacks to which several calls of `fit` are one training."""
+
+    has_begun = False
+    first_step = 0
+    last_logs = None
+
+    def on_train_begin(self, logs=None):
+        if not self.has_begun:
+            self.has_begun = True
+            super().on_train_begin(logs)
+
+    def on_train_end(self, logs=None):
+        self.last_logs = logs
+
+    def end(self):
+        if self.has_begun:
+            super().on_train_end(self.last_logs)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        super().on_train_batch_begin(self.first_step + batch, logs)
+
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(self.first_step + batch, logs)
+
+
+class _History(keras.callbacks.History):
+    """A history that goes on."""
+
+    def get_state(self):
+        return {"epoch": self.epoch, "history": self.history}
+
+    def set_state(self, state):
+        self.epoch = state["epoch"]
+        self.history = state["history"]
+
+
+def _stateful(callbacks):
+    """Callbacks that have a state, by names."""
+    counts = collections.Counter()
+    named = {}
+    for callback in callbacks:
+        if hasattr(callback, "get_state"):
+            name = type(callback).__name__
+            named[f"{name} {counts[name]}"] = callback
+            counts[name] += 1
+    return named
+
+
+def _states(callbacks):
+    named = _stateful(callbacks)
+    return {name: callback.get_state() for name, callback in named.items()}
+
+
+def _set_states(callbacks, states):
+    for name, callback in _stateful(callbacks).items():
+        if name in states:  # Or else it is new.
+            callback.set_state(states[name])
+
+
+def _metrics(model):
+    """The values of the metrics' variables, as lists."""
+    return [
+        np.asarray(variable.value).tolist()
+        for variable in model.metrics_variables
+    ]
+
+
+def _set_metrics(model, values):
+    variables = model.metrics_variables
+    shapes = [variable.shape for variable in variables]
+    if [np.shape(value) for value in values] != shapes:
+        raise ValueError(
+            "Within an epoch, training goes on with the metrics only that it "
+            "was saved with. Compile the model with the same. Received: "
+            f"{[variable.path for variable in variables]}, and saved values "
+            f"of the shapes {[np.shape(value) for value in values]}"
+        )
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(np.asarray(value, variable.dtype))
