@@ -168,33 +168,43 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if self._restored and self._step_in_epoch:
             _set_metrics(self.model, self._restored["metrics"])
         self._restored = None
+        self._is_in_step = False
 
     def on_train_batch_begin(self, batch, logs=None):
         # Overriding `on_train_batch_end` would make Keras wait for each step.
-        if batch == self._step_in_epoch:  # The first one of this `fit`.
-            return
-        self._count_step()
-        # `self.model` would fetch the state of every step.
-        if self._step % self.save_every == 0 or self._is_terminated:
-            self._save()
+        if self._is_in_step:
+            self._count_step()
+            # `self.model` would fetch the state of every step.
+            if self._step % self.save_every == 0 or self._is_terminated:
+                self._save()
+        self._is_in_step = True
+
+    def on_test_begin(self, logs=None):
+        # Validation resets the metrics of an epoch that was stopped.
+        self._end_steps()
 
     def on_epoch_end(self, epoch, logs=None):
-        if self._batches.was_read(self._step):
-            self._count_step()
+        self._end_steps()
         if self._step_in_epoch == self._steps_per_epoch:
             self._epoch = epoch + 1
             self._step_in_epoch = 0
             self._warn_without_monitor(logs)
             self._save(logs)
-        elif self._model.stop_training:
-            self._save()
-        else:
+        elif not self._model.stop_training:
             raise ValueError(
                 "The data set ended within an epoch. Pass one that does not "
                 "end, such as `load_packed` with `repeat=True`. Received: "
                 f"{self._step_in_epoch} batches, steps_per_epoch="
                 f"{self._steps_per_epoch}"
             )
+
+    def _end_steps(self):
+        # A data set that ends does so within a step.
+        if self._is_in_step and self._batches.was_read(self._step):
+            self._count_step()
+            if self._step_in_epoch < self._steps_per_epoch:
+                self._save()
+        self._is_in_step = False
 
     def _count_step(self):
         self._step += 1
