@@ -199,6 +199,10 @@ class BwETAFCausalLM(CausalLM):
         Returns:
             `keras.callbacks.History`.
         """
+        if self.preprocessor is not None and not self.preprocessor.built:
+            # Or Keras traces the model anew at each validation, for which it
+            # reads one more batch than there may be.
+            self.preprocessor.build(None)
         self.train_batches = track(x)
         if self.train_batches is not None:
             x = self.train_batches

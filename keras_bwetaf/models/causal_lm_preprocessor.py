@@ -66,3 +66,7 @@ class BwETAFCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             add_end_token=add_end_token,
             **kwargs,
         )
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.packer.build(input_shape)  # Keras asks whether all layers are.

@@ -5,7 +5,6 @@ import itertools
 from pathlib import Path
 
 import keras
-import numpy as np
 import yaml
 
 from converters.files import new_file
@@ -61,6 +60,7 @@ def train(folder, **settings):
     """
     folder = Path(folder)
     settings = _resolve(folder, settings)
+    epochs = _epochs(settings)
     keras.utils.set_random_seed(settings.seed)
     lm = _model(folder, settings)
     data = _packed(folder, settings, lm.preprocessor.tokenizer)
@@ -76,13 +76,11 @@ def train(folder, **settings):
         remat=settings.remat,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
     )
-    epochs = _epochs(settings)
+    _keep(folder, settings)
     lm.fit(
         load_packed(data, **options),
         steps_per_epoch=settings.steps // epochs,
         epochs=epochs,
-        validation_data=_validation_rows(data, settings, options),
-        validation_batch_size=settings.batch_size,
         verbose=0,
         callbacks=[
             Monitor(folder, total_steps=settings.steps),
@@ -92,6 +90,7 @@ def train(folder, **settings):
                 keep_last=settings.keep_last,
             ),
         ],
+        **_validation(data, settings, options),
     )
     if settings.lora_rank:
         lm.backbone.merge_lora()
@@ -100,35 +99,41 @@ def train(folder, **settings):
 
 
 def _resolve(folder, settings):
-    """Settings of a run; they are kept in its folder."""
-    path = folder / CONFIG
-    if path.is_file():
-        saved = TrainingSettings(**read_settings(path))
-        wanted = dataclasses.replace(saved, **settings)
-        if wanted != saved:
-            differences = [
-                f"{name}: {getattr(saved, name)!r} in the run"
-                for name in settings
-                if getattr(saved, name) != getattr(wanted, name)
-            ]
+    """Settings of a run, which are kept in its folder once it has begun."""
+    if not _has_begun(folder):
+        missing = [name for name in ("data", "steps") if name not in settings]
+        if missing:
             raise ValueError(
-                f"{folder}: a run goes on with the settings that it began "
-                "with. Leave them out, or choose another folder. Received "
-                "others:\n" + "\n".join(differences)
+                "A new run needs the settings `data` and `steps`. Received: "
+                f"{sorted(settings)}"
             )
-        return saved
-    missing = [name for name in ("data", "steps") if name not in settings]
-    if missing:
+        return TrainingSettings(**settings)
+    saved = TrainingSettings(**read_settings(folder / CONFIG))
+    wanted = dataclasses.replace(saved, **settings)
+    differences = [
+        f"{name}: {getattr(saved, name)!r} in the run"
+        for name in settings
+        if getattr(saved, name) != getattr(wanted, name)
+    ]
+    if differences:
         raise ValueError(
-            f"A new run needs the settings `data` and `steps`. Received: "
-            f"{sorted(settings)}"
+            f"{folder}: a run goes on with the settings that it began with. "
+            "Leave them out, or choose another folder. Received others:\n"
+            + "\n".join(differences)
         )
-    resolved = TrainingSettings(**settings)
+    return saved
+
+
+def _has_begun(folder):
+    return (folder / CONFIG).is_file()
+
+
+def _keep(folder, settings):
+    """Writes the settings, now that they are known to be sound."""
     folder.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as file:
-        content = yaml.safe_dump(dataclasses.asdict(resolved), sort_keys=False)
+    with new_file(folder / CONFIG) as file:
+        content = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
         file.write(content.encode())
-    return resolved
 
 
 def _epochs(settings):
@@ -177,7 +182,7 @@ def _tokenizer(folder, settings):
     if not settings.vocabulary_size:
         return BwETAFTokenizer.from_preset(settings.preset)
     path = folder / TOKENIZER
-    if not path.is_file():
+    if not _has_begun(folder):
         if not _is_text(settings.data):
             raise ValueError(
                 "`vocabulary_size` trains a tokenizer on text, but the data "
@@ -189,8 +194,9 @@ def _tokenizer(folder, settings):
         tokenizer = train_tokenizer(
             texts, settings.vocabulary_size, show_progress=True
         )
+        folder.mkdir(parents=True, exist_ok=True)
         with new_file(path) as file:
-            file.write(tokenizer.content.encode())
+            file.write(tokenizer.content)
     return BwETAFTokenizer(str(path))
 
 
@@ -220,23 +226,22 @@ def _is_packed(path):
     return (Path(path) / FILE_NAME).is_file()
 
 
-def _validation_rows(data, settings, options):
-    """The first batches of what was held out, or None if nothing was.
+def _validation(data, settings, options):
+    """What was held out; of stages, the last one's.
 
-    `fit` takes arrays, whose length is known, for validation; of stages, the
-    last one counts.
+    Returns:
+        dict of arguments of `fit`, without any if nothing was held out.
     """
     last = data[-1][0] if isinstance(data, list) else data
-    if not all(
-        map(_has_validation, last if isinstance(last, dict) else [last])
-    ):
-        return None
+    parts = last if isinstance(last, dict) else [last]
+    if not all(_has_validation(part) for part in parts):
+        return {}
     batches = load_packed(last, **options, split=VALIDATION, shuffle=False)
-    batches = list(itertools.islice(batches, settings.validation_batches))
-    return {
-        name: np.concatenate([batch[name] for batch in batches])
-        for name in batches[0]
-    }
+    # Keras asks how many there are, which Grain does not know.
+    count = sum(
+        1 for _ in itertools.islice(batches, settings.validation_batches)
+    )
+    return {"validation_data": batches, "validation_steps": count}
 
 
 def _has_validation(path):

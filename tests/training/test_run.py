@@ -60,7 +60,7 @@ def test_from_text_to_a_model(trained, settings):
         **yaml.safe_load((folder / "config.yaml").read_text())
     )
     assert saved == TrainingSettings(**settings)
-    assert lm.optimizer.learning_rate.warmup_steps == 3
+    assert lm.optimizer._learning_rate.warmup_steps == 3
     assert int(lm.optimizer.iterations) == 6
     stats = read_json(folder / "stats.json")
     (losses,), (validation,) = stats["loss"], stats["val_loss"]
@@ -115,12 +115,14 @@ def test_fine_tuning_with_lora(tmp_path, corpus):
         ({"steps": None}, "steps: expected int"),
         ({"validate_every": 4}, "multiple of `validate_every`.*steps=6"),
         ({"preset": "huge"}, "Unknown preset"),
+        ({"data": "rows.npy"}, "tokenizer on text.*data='rows.npy'"),
         ({"sizes": 3}, "unexpected keyword argument 'sizes'"),
     ],
 )
 def test_wrong_settings(tmp_path, settings, changes, message):
     with pytest.raises((ValueError, TypeError, OSError), match=message):
         keras_bwetaf.train(tmp_path / "run", **{**settings, **changes})
+    assert not (tmp_path / "run" / "config.yaml").exists()  # Not begun.
 
 
 def test_missing_settings(tmp_path):
