@@ -221,3 +221,75 @@ def test_closed_pipe_is_quiet(folder):
         process.stdout.close()
         complaints = process.stderr.read()
     assert (process.returncode, complaints) == (1, "")
+
+
+# === pack, train, plot ===
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"{PROMPT} {number} " * 9)
+    return folder
+
+
+def test_pack(folder, corpus, tmp_path, run):
+    status, output, _ = run(
+        *("pack", corpus, tmp_path / "tokens", "--preset", folder),
+        *("--validation-fraction", 0.3, "--num-workers", 1),
+    )
+    assert status == 0 and "40 documents" in output
+    assert {path.name for path in (tmp_path / "tokens").glob("*.bin")} == {
+        "train-00000.bin",
+        "validation-00000.bin",
+    }
+    status, _, complaints = run("pack", "nowhere", tmp_path, "--preset", folder)
+    assert status == 1 and "Expected a file" in complaints
+
+
+def test_train_and_plot(folder, corpus, tmp_path, run):
+    settings = tmp_path / "settings.toml"
+    settings.write_text(
+        f'data = "{corpus}"\nsteps = 100\nbatch_size = 2\n'
+        "[recipe]\nwarmup = 0.5\ndecay = 'linear'\n"
+    )
+    run_folder = tmp_path / "run"
+    status, output, _ = run(
+        *("train", run_folder, "--config", settings, "--preset", folder),
+        *("--steps", 2, "--recipe", "warmup=0.25", "--from-scratch"),
+        *("--model", "num_layers=1", "--validation-fraction", 0.3),
+    )
+    assert status == 0 and "step 2/2" in output
+    config = (run_folder / "config.yaml").read_text()
+    for line in (
+        "steps: 2\n",
+        "  warmup: 0.25\n  decay: linear\n",
+        "  num_layers: 1\n",
+        "from_scratch: true\n",
+    ):
+        assert line in config
+    assert from_preset(run_folder / "model").backbone.num_layers == 1
+
+    (run_folder / "losses.png").unlink()
+    assert run("plot", run_folder)[:2] == (0, f"{run_folder / 'losses.png'}\n")
+    assert (run_folder / "losses.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        (["--recipe", "warmup"], 2, "expected KEY=VALUE. Received: 'warmup'"),
+        (["--steps", "many"], 2, "--steps"),
+        (["--config", "nothing.toml"], 1, "nothing.toml"),
+        ([], 1, "needs the settings `data` and `steps`"),
+    ],
+)
+def test_train_refuses(tmp_path, run, arguments, status, message):
+    result, _, complaints = run("train", tmp_path / "run", *arguments)
+    assert result == status and message in complaints
+
+
+def test_plot_refuses(tmp_path, run):
+    status, _, complaints = run("plot", tmp_path)
+    assert status == 1 and "stats.json" in complaints
