@@ -29,6 +29,7 @@ def main(arguments=None):
     parser.add_argument("--first", default=STORIES, help="data to begin with")
     parser.add_argument("--then", default=WEB, help="data to go on with")
     parser.add_argument("--first-rows", type=int, default=200_000)
+    parser.add_argument("--validation-fraction", type=float, default=0.001)
     parser.add_argument("--steps", type=int, default=51_700)
     parser.add_argument("--steps-per-epoch", type=int, default=517)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -50,7 +51,12 @@ def main(arguments=None):
     tokenizer = lm.preprocessor.tokenizer
     first, then = run / "first", run / "then"
     pack(arguments.first, first, tokenizer)
-    pack(arguments.then, then, tokenizer, validation_fraction=0.001)
+    pack(
+        arguments.then,
+        then,
+        tokenizer,
+        validation_fraction=arguments.validation_fraction,
+    )
     options = {
         "sequence_length": lm.backbone.max_sequence_length,
         "batch_size": batch_size,
@@ -60,7 +66,9 @@ def main(arguments=None):
         load_packed([(first, arguments.first_rows), (then, None)], **options),
         steps_per_epoch=arguments.steps_per_epoch,
         epochs=arguments.steps // arguments.steps_per_epoch,
-        validation_data=load_packed(then, split="validation", **options),
+        validation_data=load_packed(
+            then, split="validation", repeat=True, **options
+        ),
         validation_steps=8,
         verbose=0,
         callbacks=[

@@ -1,6 +1,10 @@
 """The examples run, with smaller settings, and do what they say."""
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +73,34 @@ def test_continue_from_flax(load_example, trained_checkpoint, tmp_path, capsys):
             each[row.name].array().astype("float32") for each in (before, after)
         )
         assert 0 < np.abs(one - two).max() < 0.01
+
+
+def test_tpu_97m(tmp_path):
+    """On eight devices, which are CPUs here."""
+    corpus = tmp_path / "corpus.jsonl"
+    with corpus.open("w") as lines:
+        for number in range(100):
+            text = f"Once upon a time, there were {number} foxes. " * 20
+            print(json.dumps({"text": text}), file=lines)
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    command = (
+        [sys.executable, EXAMPLES / "tpu_97m.py", "--preset", "tiny"]
+        + ["--run", tmp_path / "run", "--first", corpus, "--then", corpus]
+        + ["--validation-fraction", "0.5", "--first-rows", "8", "--steps", "2"]
+        + ["--steps-per-epoch", "1", "--batch-size", "8"]
+    )
+    printed = subprocess.run(
+        [*map(str, command), "-f", "kernel.json"],  # As notebooks pass it.
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    assert printed.returncode == 0, printed.stderr
+    assert "step 2/2" in printed.stdout
+    lm = keras_bwetaf.from_preset(tmp_path / "run" / "model")
+    assert (
+        lm.count_params() == keras_bwetaf.list_presets()["tiny"]["parameters"]
+    )
