@@ -24,7 +24,7 @@ PRESETS = {
             "Children's stories, context 256, trained by examples/tiny; "
             "comes with the package"
         ),
-        "parameters": 2_631_360,
+        "parameters": 2_629_632,
     },
     "97m": {
         "repo": "WICKED4950/BwETAFv3-97M",

@@ -1,9 +1,18 @@
 """Shared set-up: environment before imports, then fixtures."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Many tests compile the same programs, in several processes.
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
+HAS_OWN_CACHE = COMPILED not in os.environ
+if HAS_OWN_CACHE:
+    os.environ[COMPILED] = tempfile.mkdtemp(prefix="compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from pathlib import Path  # noqa: E402
@@ -24,6 +33,11 @@ def pytest_configure():
         raise RuntimeError(
             f"The tests need 8 CPU devices, found {jax.device_count()}."
         )
+
+
+def pytest_unconfigure():
+    if HAS_OWN_CACHE:
+        shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import converters
 from converters import hugging_face_folder
 from converters.bwetaf_v3 import tensors
 from keras_bwetaf import hub as hub_module
-from keras_bwetaf import presets
+from keras_bwetaf import BwETAFTokenizer, presets
 from keras_bwetaf.presets import from_preset, list_presets
 from tests.hub_server import environment
 from tests.original import manager, tokenizer
@@ -159,7 +159,7 @@ def test_presets_describe_themselves():
         backbone = {
             "rope_max_wavelength": 10000.0,
             "layer_norm_epsilon": 1e-8,
-            **preset["config"],
+            **presets.load_config(name),
         }
         shapes = [
             tensor.shape
@@ -746,6 +746,20 @@ def test_name_without_weights(hub, hub_client, saved, tiny_preset):
     assert lm.backbone.dropout == 0.25
     assert len(lm.preprocessor.tokenizer("the night sky")) > 0
     assert presets.cached_folder("tiny") is None
+
+
+def test_tokenizer_alone(hub, hub_client, saved, tmp_path):
+    hub.add(REPO, saved[1])
+    alone = BwETAFTokenizer.from_preset(HUB)
+    assert WEIGHTS not in hub.downloads()
+    lm = from_preset(HUB)
+    lm.save_to_preset(tmp_path)
+    of_keras = BwETAFTokenizer.from_preset(tmp_path)
+    for each in (alone, of_keras):
+        assert each.content == lm.preprocessor.tokenizer.content
+        assert each.end_token == lm.preprocessor.tokenizer.end_token
+    with pytest.raises(ValueError, match="Unknown preset"):
+        BwETAFTokenizer.from_preset("98m")
 
 
 def test_name_without_weights_or_network(hub, hub_client):
