@@ -20,8 +20,8 @@ from huggingface_hub import constants
 import converters
 from converters import hugging_face_folder
 from converters.bwetaf_v3 import tensors
-from keras_bwetaf import hub as hub_module
 from keras_bwetaf import BwETAFTokenizer, presets
+from keras_bwetaf import hub as hub_module
 from keras_bwetaf.presets import from_preset, list_presets
 from tests.hub_server import environment
 from tests.original import manager, tokenizer
@@ -155,7 +155,7 @@ def listing(folder):
 
 
 def test_presets_describe_themselves():
-    for name, preset in presets.PRESETS.items():
+    for name in presets.PRESETS:
         backbone = {
             "rope_max_wavelength": 10000.0,
             "layer_norm_epsilon": 1e-8,
