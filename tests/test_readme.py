@@ -21,6 +21,23 @@ def test_first_example_runs(capsys):
     assert {"tiny", "97m"} <= keras_bwetaf.list_presets().keys()
 
 
+def test_stories_are_those_of_the_command():
+    command, stories = re.search(
+        r"<!-- main-job -->\n```bash\n(.*?)\n```\n.*?```\n(.*?)\n```",
+        README,
+        re.DOTALL,
+    ).groups()
+    seeds = re.search(r"for seed in ([\d ]+);", command)[1].split()
+    new_tokens = int(re.search(r"--max-new-tokens (\d+)", command)[1])
+    prompt = re.search(r'"([^"]+)"; done', command)[1]
+    told = keras_bwetaf.from_preset("tiny").generate(
+        [prompt] * len(seeds),
+        max_new_tokens=new_tokens,
+        seed=[int(seed) for seed in seeds],
+    )
+    assert len(told) == 3 and "\n".join(told) == stories
+
+
 def test_files_of_the_tree_exist():
     (tree,) = re.findall(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)
     folders, checked = [], 0
