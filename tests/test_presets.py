@@ -814,10 +814,12 @@ print(lm.backbone.count_params(), digest.hexdigest(), peak / size)
 
 
 def start(script, *arguments, hub, home):
+    variables = {**os.environ, **environment(hub, home)}
+    del variables["JAX_COMPILATION_CACHE_DIR"]  # It takes memory of its own.
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, **environment(hub, home)},
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

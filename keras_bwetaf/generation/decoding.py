@@ -127,8 +127,7 @@ class Decoder:
                 positions=jnp.broadcast_to(
                     jnp.arange(prompt_slots), token_ids.shape
                 ),
-                attention_mask=is_prompt[:, None]
-                & jnp.tri(prompt_slots, dtype="bool"),
+                padding_mask=is_prompt.astype("int32"),
             )
             last = jnp.take_along_axis(
                 hidden_states, lengths[:, None, None] - 1, axis=1

@@ -1,3 +1,4 @@
+from keras_bwetaf.layers.attention import attention_kernel, chosen_attention
 from keras_bwetaf.layers.feed_forward import FeedForward
 from keras_bwetaf.layers.grouped_query_attention import GroupedQueryAttention
 from keras_bwetaf.layers.rms_normalization import RMSNormalization
@@ -10,4 +11,6 @@ __all__ = [
     "RMSNormalization",
     "RotaryEmbedding",
     "TransformerBlock",
+    "attention_kernel",
+    "chosen_attention",
 ]

@@ -3,24 +3,9 @@ import jax.numpy as jnp
 import keras
 from keras import ops
 
+from keras_bwetaf.layers.attention import document_attention
 from keras_bwetaf.layers.dense import dense
 from keras_bwetaf.layers.rotary_embedding import RotaryEmbedding
-
-
-def document_mask(padding_mask):
-    """Which tokens may see which: earlier ones of their own document.
-
-    Args:
-        padding_mask: int array `(batch, length)`. 0 for padding, otherwise
-            the number of the document that the token belongs to.
-
-    Returns:
-        bool array `(batch, length, length)`; rows are queries, columns keys.
-    """
-    length = padding_mask.shape[1]
-    same_document = padding_mask[:, :, None] == padding_mask[:, None, :]
-    # Padding sees padding, so that no row is empty and turns into NaN.
-    return same_document & jnp.tri(length, dtype="bool")
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -32,6 +17,9 @@ class GroupedQueryAttention(keras.layers.Layer):
     head `h // (num_query_heads // num_key_value_heads)`. Only the output
     projection has a bias.
 
+    The attribute `keep_weights` says whether the gradient finds the weight of
+    each pair of tokens, or computes it again.
+
     Args:
         num_query_heads: int. Divides the width of the input.
         num_key_value_heads: int. Divides `num_query_heads`.
@@ -42,7 +30,7 @@ class GroupedQueryAttention(keras.layers.Layer):
     Call arguments:
         hidden_states: float tensor `(batch, length, hidden_dim)`.
         padding_mask: int tensor `(batch, length)`, document numbers as in
-            `document_mask`. Needed without a cache.
+            `attention.document_mask`. Needed without `attention_mask`.
         positions: int tensor `(batch, length)`. Defaults to 0, 1, 2, ...
         cache: `(key, value)`, each `(batch * num_key_value_heads, slots,
             head_dim)`. The keys and values of `hidden_states` are written
@@ -50,8 +38,9 @@ class GroupedQueryAttention(keras.layers.Layer):
             axis, XLA writes in place; in two, it copies every cache at every
             step.
         cache_index: int. The first slot to write. Needed with a cache.
-        attention_mask: bool tensor `(batch, length, slots)`, the slots that
-            each query sees. Needed with a cache.
+        attention_mask: bool tensor `(batch, length, slots)`, the slots of the
+            cache that each query sees. Without it, the tokens of
+            `hidden_states` see each other, and nothing that was in the cache.
 
     Returns:
         float tensor `(batch, length, hidden_dim)`; with a cache, a tuple of
@@ -77,6 +66,7 @@ class GroupedQueryAttention(keras.layers.Layer):
         self.rope_max_wavelength = rope_max_wavelength
         self.rope_dtype = rope_dtype
         self.initializer_range = initializer_range
+        self.keep_weights = True
 
     def build(self, input_shape):
         hidden_dim = input_shape[-1]
@@ -136,12 +126,13 @@ class GroupedQueryAttention(keras.layers.Layer):
         value = self._split_heads(value, self.num_key_value_heads)
         # (batch, length, heads, head_dim)
 
-        if cache is None:
-            attended = jax.nn.dot_product_attention(
-                query, key, value, mask=document_mask(padding_mask)[:, None]
+        if cache is not None:
+            cache = _update_cache(cache, key, value, cache_index)
+        if attention_mask is None:
+            attended = document_attention(
+                query, key, value, padding_mask, self.keep_weights
             )
         else:
-            cache = _update_cache(cache, key, value, cache_index)
             attended = _attend_to_cache(query, cache, attention_mask)
 
         output = self.attention_output(

@@ -4,13 +4,13 @@ import keras
 from keras_bwetaf.layers.rms_normalization import RMSNormalization
 from keras_bwetaf.layers.rounding import round_to
 
-# What is computed a second time for the gradient: nothing; what is not a
-# product with weights; everything.
+# What a block computes a second time for the gradient: what is not a product
+# with weights; everything.
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
     "block": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+REMAT = ("none", "attention", *REMAT_POLICIES)
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -20,8 +20,9 @@ class TransformerBlock(keras.layers.Layer):
     `x = x + dropout(attention(norm(x)))`, then `x = x + feedforward(norm(x))`.
 
     The attribute `remat` says what a training step computes a second time for
-    the gradient, instead of keeping it: `"none"`; `"block"`, everything but
-    products with weights; `"full"`, everything, from the block's input.
+    the gradient, instead of keeping it: `"none"`; `"attention"`, the weight of
+    each pair of tokens in attention; `"block"`, everything but products with
+    weights; `"full"`, everything, from the block's input.
 
     Args:
         attention: layer. Called as `GroupedQueryAttention` is.
@@ -65,11 +66,11 @@ class TransformerBlock(keras.layers.Layer):
 
     @remat.setter
     def remat(self, value):
-        if value not in REMAT_POLICIES:
+        if value not in REMAT:
             raise ValueError(
-                f"`remat` must be one of {list(REMAT_POLICIES)}. Received: "
-                f"remat={value!r}"
+                f"`remat` must be one of {REMAT}. Received: remat={value!r}"
             )
+        self.attention.keep_weights = value != "attention"
         self._remat = value
 
     def build(self, input_shape):
@@ -103,7 +104,7 @@ class TransformerBlock(keras.layers.Layer):
         attention_mask=None,
         training=None,
     ):
-        if training and cache is None and self.remat != "none":
+        if training and cache is None and self.remat in REMAT_POLICIES:
             return self._rematerialized(hidden_states, padding_mask, positions)
         return self._forward(
             hidden_states,

@@ -113,7 +113,8 @@ class BwETAFCausalLM(CausalLM):
             sampler: `"auto"`, the card's temperature 0.8 and top-p 0.92; a
                 `BwETAFSampler`; or a KerasHub sampler or the name of one.
             remat: str. What to compute a second time for the gradient,
-                instead of keeping it: `"none"`; `"block"`, all of a block
+                instead of keeping it: `"none"`; `"attention"`, the weight of
+                each pair of tokens in attention; `"block"`, all of a block
                 but its products with weights; `"full"`, all of a block.
             gradient_accumulation_steps: int. Into how many parts a batch is
                 split, whose gradients are added up before the optimizer's
@@ -378,7 +379,13 @@ class BwETAFCausalLM(CausalLM):
         return caches
 
     def call_with_cache(
-        self, token_ids, cache, cache_index, positions, attention_mask
+        self,
+        token_ids,
+        cache,
+        cache_index,
+        positions,
+        attention_mask=None,
+        padding_mask=None,
     ):
         """The backbone on new tokens, with earlier ones in the cache.
 
@@ -389,6 +396,9 @@ class BwETAFCausalLM(CausalLM):
             positions: int tensor `(batch, length)`.
             attention_mask: bool tensor `(batch, length, num_slots)`, the
                 slots that each new token sees.
+            padding_mask: int tensor `(batch, length)`. Instead of
+                `attention_mask`, where the cache is empty: see
+                `BwETAFBackbone`.
 
         Returns:
             Tuple of hidden states `(batch, length, hidden_dim)` and the
@@ -403,6 +413,7 @@ class BwETAFCausalLM(CausalLM):
         ):
             x, layer_cache = block(
                 x,
+                padding_mask=padding_mask,
                 positions=positions,
                 cache=layer_cache,
                 cache_index=cache_index,

@@ -57,7 +57,9 @@ class TrainingSettings:
         1, help="Parts in which a batch is worked on, to save memory."
     )
     remat: str = _setting(
-        "none", help="What to compute twice, to save memory: none, block, full."
+        "none",
+        help="What to compute twice, to save memory: none, attention, block, "
+        "full.",
     )
     dtype: str = _setting(
         "float32", help="float32, bfloat16 or mixed_bfloat16."

@@ -16,7 +16,6 @@ from keras_bwetaf.layers import (
     RotaryEmbedding,
     TransformerBlock,
 )
-from keras_bwetaf.layers.grouped_query_attention import document_mask
 from keras_bwetaf.layers.initializers import normal, skip_initialization
 from keras_bwetaf.layers.rotary_embedding import (
     inverse_frequencies,
@@ -262,19 +261,6 @@ def test_dropout_follows_attention_only(block_params):
         rtol=1e-3,
         atol=1e-5,
     )
-
-
-def test_document_mask():
-    mask = document_mask(jnp.array([[1, 1, 2, 2, 2, 0]]))
-    expected = [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [0, 0, 1, 0, 0, 0],
-        [0, 0, 1, 1, 0, 0],
-        [0, 0, 1, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
-    np.testing.assert_array_equal(mask[0], np.array(expected, "bool"))
 
 
 def test_skip_initialization():

@@ -1,5 +1,6 @@
 """A training that was interrupted goes on as if it had not been."""
 
+import gc
 import json
 import os
 import random
@@ -39,6 +40,13 @@ pytestmark = [
         "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
     ),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_orbax_leaves():
+    """Is collected here, where its warnings are ignored."""
+    yield
+    gc.collect()
 
 
 class Recorder(keras.callbacks.Callback):

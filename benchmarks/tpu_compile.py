@@ -1,0 +1,597 @@
+"""What the programs of this package need on TPUs, compiled without one.
+
+    pip install libtpu  # the release that belongs to the installed jax
+    python -m benchmarks.tpu_compile [--topology v3:2x2 v6e:2x4 ...]
+        [--batch 4] [--length 2048] [--strategy data_parallel]
+        [--remat none attention] [--kernel plain] [--largest-batch]
+        [--programs train prefill decode] [--original]
+
+The 97M model in bfloat16 with the card's recipe: the train step of `fit`, and
+the prompt pass and the decode loop of `generate`, whose prompts are half of
+the length. TPU's compiler runs on any Linux machine; nothing is executed.
+
+Figures are of one core and one step; of `decode`, of one token. FLOPs, bytes
+and seconds are the compiler's own estimate. It counts what is in a loop once,
+so those of a train step are of one without the loop over parts of the head
+and loss. Of a Pallas kernel it counts nothing: with splash attention, FLOPs
+and seconds are too small. Where it gives no seconds, none are shown.
+
+`--original` compiles the train step of BwETAF 0.6 and optax next to it.
+"""
+
+import os
+
+# Read by libtpu, and by JAX when it is imported.
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v3-8",
+)
+
+import argparse
+import collections
+import contextlib
+import functools
+import io
+import re
+import time
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from rich.console import Console
+from rich.table import Table
+
+import keras_bwetaf
+from keras_bwetaf.generation.decoding import Decoder, GenerationState
+from keras_bwetaf.generation.sampling import BwETAFSampler, SamplingSettings
+from keras_bwetaf.layers import attention, attention_kernel
+from keras_bwetaf.layers.initializers import skip_initialization
+from keras_bwetaf.layers.transformer_block import REMAT
+from keras_bwetaf.presets import PRESETS
+from keras_bwetaf.training import recipe, train_step
+from keras_bwetaf.training.loss import head_cross_entropy
+
+import keras  # isort: skip  after keras_bwetaf, which chooses the backend
+
+CARD = PRESETS["97m"]["config"]
+DTYPE = "bfloat16"
+TOTAL_STEPS = 1000
+NUM_STOP_TOKENS = 8
+GIB = 2**30
+
+# From devices to a `keras.distribution.Distribution`.
+STRATEGIES = {
+    "data_parallel": lambda devices: keras.distribution.DataParallel(
+        devices=devices
+    ),
+}
+
+
+# === What is compiled ===
+
+
+class Program(NamedTuple):
+    function: object  # what `jax.jit` returned
+    arguments: tuple  # of `jax.ShapeDtypeStruct`s with shardings
+
+
+def our_model():
+    with skip_initialization():
+        backbone = keras_bwetaf.BwETAFBackbone(**CARD, dtype=DTYPE)
+    lm = keras_bwetaf.BwETAFCausalLM(backbone)
+    lm.compile(recipe("97m", TOTAL_STEPS))
+    lm.optimizer.build(lm.trainable_variables)
+    return lm
+
+
+def train(lm, remat, distribution, batch_size, length):
+    """The step of `fit`, placed as Keras's trainer places it."""
+    for block in lm.backbone.transformer_layers:
+        block.remat = remat
+    layouts = _layouts(lm, distribution)
+    state = tuple(
+        [_struct(v, layouts[v.path]) for v in variables]
+        for variables in (
+            lm.trainable_variables,
+            lm.non_trainable_variables,
+            lm.optimizer.variables,
+            lm.metrics_variables,
+        )
+    )
+    rows = jax.ShapeDtypeStruct((batch_size, length), "int32")
+    rows = _struct(rows, distribution.get_data_layout(rows.shape))
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(
+        # A new function each time, as JAX keeps what it has traced.
+        lambda state, data: lm.train_step(state, data),
+        donate_argnums=0,
+        out_shardings=(None, shardings),
+    )
+    return Program(step, (state, {"token_ids": rows, "padding_mask": rows}))
+
+
+def prefill(lm, distribution, batch_size, length):
+    """Prompts of half the length, with caches for all of it."""
+    decoder = Decoder(lm)
+    return Program(
+        decoder._prefill,
+        (
+            _weights(lm, distribution),
+            length,
+            *_prompts(distribution, batch_size, length // 2),
+            [],
+        ),
+    )
+
+
+def decode(lm, distribution, batch_size, length):
+    """The loop that makes tokens after such prompts."""
+    decoder = Decoder(lm)
+    values = _weights(lm, distribution)
+    token_ids, request, settings = _prompts(
+        distribution, batch_size, length // 2
+    )
+    state, _ = jax.eval_shape(
+        lambda *arguments: decoder._prefill_step(
+            arguments[0], length, *arguments[1:]
+        ),
+        values,
+        token_ids,
+        request,
+        settings,
+        [],
+    )
+    shared = ("prompt_slots", "stop_token_ids", "num_tokens")
+    state = GenerationState(
+        **{
+            name: _placed(value, distribution, by_row=name not in shared)
+            for name, value in state._asdict().items()
+        }
+    )
+    num_steps = _placed(
+        jax.ShapeDtypeStruct((), "int32"), distribution, by_row=False
+    )
+    return Program(decoder._decode, (values, state, settings, num_steps, []))
+
+
+PROGRAMS = ("train", "prefill", "decode")
+
+
+def original(distribution, batch_size, length):
+    """A train step of BwETAF 0.6, whose package has none, with optax."""
+    import optax
+
+    with (
+        mock.patch("tiktoken.get_encoding"),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        from BwETAF._utils import loss_fn
+        from BwETAF.independent import create_lr_schedule
+        from BwETAF.model.model import ModelManager
+
+        manager = ModelManager(
+            num_heads=CARD["num_query_heads"],
+            attention_dim=CARD["hidden_dim"],
+            vocab_size=CARD["vocabulary_size"],
+            num_blocks=CARD["num_layers"],
+            ff_dim=CARD["intermediate_dim"],
+            dropout_rate=CARD["dropout"],
+            max_len=CARD["max_sequence_length"],
+            gqa_repeats=2,
+            emb_init_range=CARD["embedding_initializer_range"],
+            dtype=jax.numpy.dtype(DTYPE),
+        )
+        schedule = create_lr_schedule(
+            peaklr=1.5e-3,
+            min_warmup_value=6e-4,
+            min_value=1.8e-4,
+            warmup_percent=0.02,
+            total_steps=TOTAL_STEPS,
+            training_decay="cosine",
+        )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(7.0),
+        optax.adamw(schedule, b1=0.95, b2=0.98, eps=1.5e-8, weight_decay=0.1),
+    )
+
+    def step(state, token_ids, key):
+        params, moments = state
+        batch = token_ids, jax.numpy.ones_like(token_ids), token_ids
+        loss, gradients = jax.value_and_grad(loss_fn)(
+            params, manager.model_struct, batch, key
+        )
+        updates, moments = optimizer.update(gradients, moments, params)
+        return loss, (optax.apply_updates(params, updates), moments)
+
+    state = (
+        manager.params,
+        jax.eval_shape(optimizer.init, manager.params),
+    )
+    state, key = _placed((state, manager.key), distribution, by_row=False)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    rows = jax.ShapeDtypeStruct((batch_size, length), "int32")
+    return Program(
+        jax.jit(step, donate_argnums=0, out_shardings=(None, shardings)),
+        (state, _placed(rows, distribution, by_row=True), key),
+    )
+
+
+def _layouts(lm, distribution):
+    """Layouts by path of all variables of a model and its optimizer.
+
+    Nothing can be put on devices that are not there, so the layouts are asked
+    for; moments have those of their weights.
+    """
+    optimizer = lm.optimizer
+    variables = [*lm.variables, *lm.metrics_variables, *optimizer.variables]
+    layouts = {v.path: distribution.get_variable_layout(v) for v in variables}
+    for moments in (optimizer._momentums, optimizer._velocities):
+        for weight, moment in zip(lm.trainable_variables, moments, strict=True):
+            layouts[moment.path] = layouts[weight.path]
+    return layouts
+
+
+def _struct(value, layout):
+    return jax.ShapeDtypeStruct(
+        value.shape, value.dtype, sharding=layout.backend_layout
+    )
+
+
+def _placed(values, distribution, by_row):
+    """Arrays split by their first axis, or whole on every device."""
+    mesh = distribution.device_mesh.backend_mesh
+    axes = (distribution.batch_dim_name,) if by_row else ()
+    sharding = jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(*axes)
+    )
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        values,
+    )
+
+
+def _weights(lm, distribution):
+    return [
+        _struct(v, distribution.get_variable_layout(v)) for v in lm.variables
+    ]
+
+
+def _prompts(distribution, batch_size, prompt_length):
+    """Prompts, `Decoder.prefill`'s state, and the sampler's settings."""
+    rows = np.zeros(batch_size, "int32")
+    settings = SamplingSettings.of(BwETAFSampler(), seeds=rows)
+    placed = {
+        name: _placed(value, distribution, by_row=name == "seeds")
+        for name, value in settings._asdict().items()
+    }
+    token_ids = np.zeros((batch_size, prompt_length), "int32")
+    token_ids, lengths = _placed((token_ids, rows), distribution, by_row=True)
+    stop_token_ids = np.zeros(NUM_STOP_TOKENS, "int32")
+    request = {
+        "prompt_lengths": lengths,
+        "limits": lengths,
+        "stop_token_ids": _placed(stop_token_ids, distribution, by_row=False),
+    }
+    return token_ids, request, SamplingSettings(**placed)
+
+
+# === What comes out ===
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "reduce-scatter",
+)
+DTYPE_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+class Instruction(NamedTuple):
+    opcode: str
+    shapes: list  # of tuples of dtype and dimensions, the result's arrays
+    line: str
+    times: int  # how often the program runs it
+
+
+def instructions(hlo):
+    """The instructions of a compiled program, and how often each runs.
+
+    Args:
+        hlo: str. Text of a compiled module.
+
+    Yields:
+        `Instruction`. Bodies of loops whose length is not known count once.
+    """
+    computations = {}
+    entry = None
+    for line in hlo.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if header:
+            name = header[2]
+            computations[name] = []
+            if header[1]:
+                entry = name
+        elif " = " in line and line.startswith(" "):
+            computations[name].append(line)
+
+    def visit(name, times):
+        for line in computations[name]:
+            opcode = re.search(r" = .*?[\]})] ([a-z][\w-]*)\(", line)
+            if opcode is None:
+                continue
+            opcode = opcode[1]
+            result = line.split(" = ", 1)[1].split(f" {opcode}(")[0]
+            shapes = [
+                (dtype, tuple(int(x) for x in dims.split(",") if x))
+                for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
+            ]
+            yield Instruction(opcode, shapes, line, times)
+            if opcode == "while":
+                body = re.search(r"body=%?([\w.-]+)", line)[1]
+                condition = re.search(r"condition=%?([\w.-]+)", line)[1]
+                # A loop from 0 compares with the one constant that it has.
+                count = re.findall(
+                    r"s32\[\]\S* constant\((\d+)\)",
+                    "\n".join(computations[condition]),
+                )
+                count = int(count[0]) if len(count) == 1 else 1
+                yield from visit(condition, times * count)
+                yield from visit(body, times * count)
+            elif opcode in ("call", "conditional", "async-start"):
+                called = re.findall(
+                    r"(?:calls|to_apply|_computation|branch_computations)="
+                    r"\{?((?:%?[\w.-]+(?:, )?)+)",
+                    line,
+                )
+                for name in re.findall(r"[\w.-]+", " ".join(called)):
+                    if name in computations:
+                        yield from visit(name, times)
+
+    yield from visit(entry, 1)
+
+
+def num_bytes(shape):
+    dtype, dims = shape
+    return DTYPE_BYTES.get(dtype, 4) * int(np.prod(dims))
+
+
+@contextlib.contextmanager
+def without_loops():
+    """Train steps made inside work on all of the head and loss at once."""
+    in_one = functools.partial(head_cross_entropy, num_chunks=1)
+    with mock.patch.object(train_step, "head_cross_entropy", in_one):
+        yield
+
+
+def compiled(program):
+    return program.function.lower(*program.arguments).compile()
+
+
+class Figures:
+    """What the compiler says of a program.
+
+    Args:
+        make_program: function that returns a `Program`.
+        is_train_step: bool.
+    """
+
+    def __init__(self, make_program, is_train_step):
+        start = time.perf_counter()
+        program = compiled(make_program())
+        self.seconds_to_compile = time.perf_counter() - start
+        memory = program.memory_analysis()
+        self.arguments = memory.argument_size_in_bytes
+        self.temporaries = memory.temp_size_in_bytes
+        self.peak = memory.peak_memory_in_bytes
+        self.hlo = program.as_text()
+        self.instructions = list(instructions(self.hlo))
+        if is_train_step:
+            with without_loops():
+                program = compiled(make_program())
+        cost = program.cost_analysis()
+        self.flops = cost["flops"]
+        self.bytes = cost["bytes accessed"]
+        self.seconds = cost.get("optimal_seconds", 0)
+
+    def collectives(self):
+        """dict of kind to a tuple of how many run and their bytes."""
+        counts = collections.defaultdict(lambda: (0, 0))
+        for instruction in self.instructions:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            sizes = [num_bytes(shape) for shape in instruction.shapes]
+            # The result of a start lists what it reads, too.
+            size = max(sizes) if kind != instruction.opcode else sum(sizes)
+            count, total = counts[kind]
+            times = instruction.times
+            counts[kind] = count + times, total + times * size
+        return dict(sorted(counts.items()))
+
+    def kernels(self):
+        """dict of the name of a Pallas kernel to how often it runs."""
+        counts = collections.Counter()
+        for instruction in self.instructions:
+            if 'custom_call_target="tpu_custom_call"' in instruction.line:
+                name = re.match(r"\s*(?:ROOT )?%?([\w-]+)", instruction.line)[1]
+                counts[name] += instruction.times
+        return dict(sorted(counts.items()))
+
+    def copies_of(self, shape):
+        """How many copies of an array of this shape there are.
+
+        Returns:
+            Tuple of copies within the main memory, and of moves between it
+            and the core's own, in which the compiler works on what fits.
+        """
+        copies = [
+            "S(1)" in instruction.line  # The core's own memory.
+            for instruction in self.instructions
+            if instruction.opcode in ("copy", "copy-start")
+            and any(dims == shape for _, dims in instruction.shapes)
+        ]
+        return len(copies) - sum(copies), sum(copies)
+
+
+def largest_batch(fits, guess):
+    """The largest number for which `fits` is true, from a good guess.
+
+    Args:
+        fits: function of int. True up to some number, and false after it.
+        guess: int.
+    """
+    fitting, too_large = 0, None
+    candidate, step = max(guess, 1), 1
+    while too_large is None or too_large - fitting > 1:
+        if fits(candidate):
+            fitting = candidate
+            candidate, step = candidate + step, 2 * step
+        else:
+            too_large = candidate
+            candidate, step = candidate - step, 2 * step
+        if too_large is not None and not fitting < candidate < too_large:
+            candidate = (fitting + too_large) // 2
+    return fitting
+
+
+def does_fit(make_program):
+    try:
+        compiled(make_program())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return False
+    return True
+
+
+# === The command ===
+
+
+def program_makers(lm, arguments):
+    """Functions of distribution, rows and length that make a `Program`."""
+    makers = {
+        f"train, remat={remat}": functools.partial(train, lm, remat)
+        for remat in arguments.remat
+    }
+    if arguments.original:
+        makers["train, BwETAF 0.6"] = original
+    makers["prefill"] = functools.partial(prefill, lm)
+    makers["decode"] = functools.partial(decode, lm)
+    return {
+        name: make
+        for name, make in makers.items()
+        if name.split(",")[0] in arguments.programs
+    }
+
+
+def rows_of(name, figures, cache_shape):
+    """What the table says of a program, by name of the row."""
+    collectives = (
+        f"{count} {kind}, {size / 2**20:.1f} MiB"
+        for kind, (count, size) in figures.collectives().items()
+    )
+    kernels = (
+        f"{count} {kernel}" for kernel, count in figures.kernels().items()
+    )
+    seconds = figures.seconds
+    copies, moves = figures.copies_of(cache_shape)
+    return {
+        "arguments, GiB": f"{figures.arguments / GIB:.3f}",
+        "temporaries, GiB": f"{figures.temporaries / GIB:.3f}",
+        "peak, GiB": f"{figures.peak / GIB:.3f}",
+        "FLOPs": f"{figures.flops:.4g}",
+        "bytes": f"{figures.bytes:.4g}",
+        "estimated seconds": f"{seconds:.4g}" if seconds > 0 else "",
+        "collectives": "\n".join(collectives),
+        "Pallas kernels": "\n".join(kernels),
+        "copies of a cache": str(copies) if name == "decode" else "",
+        "moves of a cache": str(moves) if name == "decode" else "",
+        "seconds to compile": f"{figures.seconds_to_compile:.0f}",
+    }
+
+
+def report(topology, lm, arguments, console):
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology
+    ).devices
+    distribution = STRATEGIES[arguments.strategy](list(devices))
+    num_replicas = distribution.num_model_replicas
+    cache_shape = (
+        arguments.batch * CARD["num_key_value_heads"],
+        arguments.length,
+        CARD["hidden_dim"] // CARD["num_query_heads"],
+    )
+    table = Table(
+        title=f"97M, {DTYPE}, {topology} ({len(devices)} x "
+        f"{devices[0].device_kind}), {arguments.strategy}, "
+        f"{arguments.batch} x {arguments.length} a core"
+    )
+    table.add_column("of one core")
+    columns = []
+    with distribution.scope():
+        for name, make in program_makers(lm, arguments).items():
+            console.print(f"{topology}: {name}")
+
+            def make_program(batch=arguments.batch, make=make):
+                return make(
+                    distribution, batch * num_replicas, arguments.length
+                )
+
+            figures = Figures(make_program, is_train_step="train" in name)
+            columns.append(rows_of(name, figures, cache_shape))
+            table.add_column(name, justify="right", overflow="fold")
+            if arguments.largest_batch and "train" in name:
+                columns[-1]["largest batch"] = str(
+                    largest_batch(
+                        lambda batch, make=make_program: does_fit(
+                            lambda: make(batch)
+                        ),
+                        guess=arguments.batch,
+                    )
+                )
+    for row in columns[0]:
+        table.add_row(row, *(column.get(row, "") for column in columns))
+    console.print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--topology", nargs="+", default=["v3:2x2"])
+    parser.add_argument("--batch", type=int, default=4, help="rows of a core")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument(
+        "--strategy", choices=STRATEGIES, default="data_parallel"
+    )
+    parser.add_argument("--remat", nargs="+", choices=REMAT, default=["none"])
+    parser.add_argument(
+        "--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS
+    )
+    parser.add_argument(
+        "--kernel", choices=attention.KERNELS, help="instead of the chosen"
+    )
+    parser.add_argument(
+        "--largest-batch", action="store_true", help="search for it"
+    )
+    parser.add_argument("--original", action="store_true")
+    arguments = parser.parse_args()
+
+    console = Console()
+    lm = our_model()
+    overrule = (
+        attention_kernel(arguments.kernel)
+        if arguments.kernel
+        else contextlib.nullcontext()
+    )
+    with overrule:
+        for topology in arguments.topology:
+            report(topology, lm, arguments, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""Causal attention within documents, and which kernel computes it where.
+
+| kernel | where | why |
+|---|---|---|
+| `"splash"` | TPU v4 and later | JAX's Pallas kernel: no array of scores |
+| `"plain"` | everywhere else | XLA; no query reads a chunk of later keys |
+
+TPU v2 and v3 have the plain one because Pallas's compiler has no bfloat16
+products for them. GPUs have it because cuDNN takes documents only as an array
+of biases, `(batch, length, length)`, and nothing was measured on one yet.
+"""
+
+import contextlib
+import contextvars
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import keras
+from jax.sharding import PartitionSpec
+
+KERNELS = ("plain", "splash")
+SMALLEST_CHUNK = 128
+MOST_CHUNKS = 8
+SPLASH_BLOCKS = (512, 256, 128)
+SPLASH_DTYPES = ("bfloat16", "float32")
+
+_override = contextvars.ContextVar("attention_kernel", default=None)
+
+
+def document_attention(query, key, value, padding_mask, keep_weights=True):
+    """Attention to earlier tokens of the same document.
+
+    Query head `h` reads key/value head `h // (query_heads // heads)`.
+
+    Args:
+        query: float array `(batch, length, query_heads, head_dim)`.
+        key: float array `(batch, length, heads, head_dim)`.
+        value: float array, as `key`.
+        padding_mask: int array `(batch, length)`, document numbers as in
+            `document_mask`.
+        keep_weights: bool. Whether to keep a weight for each pair of tokens
+            for the gradient, or to compute it a second time. Splash attention
+            never keeps them.
+
+    Returns:
+        float array of the shape and dtype of `query`. Where `padding_mask` is
+        0 it is finite, and has no meaning.
+    """
+    name = chosen_attention(query.shape[1], query.dtype)
+    padding_mask = jnp.asarray(padding_mask)
+    with jax.named_scope(f"{name}_attention"):
+        if name == "splash":
+            return splash_attention(query, key, value, padding_mask)
+        return plain_attention(query, key, value, padding_mask, keep_weights)
+
+
+def chosen_attention(length, dtype):
+    """Name of the kernel that computes attention here.
+
+    It depends on the devices that a program is made for: those of the current
+    `keras.distribution`, or else JAX's default device. `attention_kernel` and
+    `keras.config.disable_flash_attention()` overrule it. A compiled program
+    carries the name in the scope of its operations.
+
+    Args:
+        length: int. Of the rows.
+        dtype: str. Of queries, keys and values.
+
+    Returns:
+        `"plain"` or `"splash"`.
+
+    Example:
+
+    ```python
+    keras_bwetaf.layers.chosen_attention(2048, "bfloat16")
+    ```
+    """
+    override = _override.get()
+    if override is not None:
+        return override
+    if keras.config.is_flash_attention_enabled() is False:
+        return "plain"
+    device = _device()
+    has_kernel = device.platform == "tpu" and not device.device_kind.startswith(
+        ("TPU v2", "TPU v3")
+    )
+    is_large = length >= min(SPLASH_BLOCKS)
+    is_known = jnp.dtype(dtype).name in SPLASH_DTYPES
+    return "splash" if has_kernel and is_large and is_known else "plain"
+
+
+@contextlib.contextmanager
+def attention_kernel(name):
+    """Attention of programs made inside is computed by this kernel.
+
+    What counts is when a program is traced, that is the first call of `fit`,
+    `predict` or `generate` after `compile`. Away from TPUs, `"splash"` runs
+    in Pallas's interpreter: slow, and good for tests.
+
+    Args:
+        name: str. `"plain"` or `"splash"`.
+
+    Raises:
+        ValueError: If there is no such kernel.
+
+    Example:
+
+    ```python
+    with keras_bwetaf.layers.attention_kernel("plain"):
+        lm.fit(dataset)
+    ```
+    """
+    if name not in KERNELS:
+        raise ValueError(
+            f"`name` must be one of {KERNELS}. Received: name={name!r}"
+        )
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def document_mask(padding_mask, start=0):
+    """Which tokens may see which: earlier ones of their own document.
+
+    Args:
+        padding_mask: int array `(batch, length)`. 0 for padding, otherwise
+            the number of the document that the token belongs to.
+        start: int. The first query.
+
+    Returns:
+        bool array `(batch, length - start, length)`; rows are queries,
+        columns keys.
+    """
+    same_document = padding_mask[:, start:, None] == padding_mask[:, None]
+    # Padding sees padding, so that no row is empty and turns into NaN.
+    return same_document & jnp.tri(*same_document.shape[1:], start, "bool")
+
+
+def plain_attention(query, key, value, padding_mask, keep_weights=True):
+    """See `document_attention`. A chunk of queries reads no later keys."""
+    batch_size, length, num_query_heads, head_dim = query.shape
+    num_heads = key.shape[2]
+    query = jnp.reshape(
+        query, (batch_size, length, num_heads, -1, head_dim)
+    )  # (b, q, n, g, h), see below
+    query = jnp.transpose(query, (0, 2, 3, 1, 4))  # (b, n, g, q, h)
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    chunk_length = SMALLEST_CHUNK * math.ceil(
+        length / (MOST_CHUNKS * SMALLEST_CHUNK)
+    )
+    attended = []
+    for start in range(0, length, chunk_length):
+        stop = min(start + chunk_length, length)
+        attended.append(
+            _attend(
+                query[:, :, :, start:stop],
+                key[:, :, :stop],
+                value[:, :, :stop],
+                padding_mask[:, :stop],
+                keep_weights,
+            )
+        )
+    attended = jnp.concatenate(attended, axis=3)
+    attended = jnp.transpose(attended, (0, 3, 1, 2, 4))  # (b, q, n, g, h)
+    return jnp.reshape(
+        attended, (batch_size, length, num_query_heads, head_dim)
+    )
+
+
+# === A chunk of the plain kernel ===
+# b = batch, n = key/value heads, g = query heads of each, q = queries,
+# k = keys, h = head dim
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query, key, value, padding_mask, keep_weights):
+    """The last tokens' attention.
+
+    Its gradient is written out. XLA would keep several arrays of a float32
+    for each pair of tokens; this keeps the weights in the dtype of `value`,
+    or computes them again.
+
+    Args:
+        query: float array `(b, n, g, q, h)`.
+        key: float array `(b, n, k, h)`.
+        value: float array `(b, n, k, h)`.
+        padding_mask: int array `(b, k)`. The queries are the last of these.
+        keep_weights: bool.
+
+    Returns:
+        float array `(b, n, g, q, h)`.
+    """
+    outputs, _ = _attend_and_keep(query, key, value, padding_mask, keep_weights)
+    return outputs
+
+
+def _attend_and_keep(query, key, value, padding_mask, keep_weights):
+    scores = _scores(query, key, padding_mask)
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(value.dtype)
+    outputs = jnp.einsum(
+        "bngqk,bnkh->bngqh",
+        weights,
+        value,
+        preferred_element_type=scores.dtype,
+    )
+    outputs = (outputs / total).astype(query.dtype)
+    kept = (weights, total) if keep_weights else highest + jnp.log(total)
+    return outputs, (query, key, value, padding_mask, outputs, kept)
+
+
+def _attend_gradient(keep_weights, residuals, cotangent):
+    if keep_weights:
+        query, key, value, _, outputs, (weights, total) = residuals
+        weights = weights / total
+    else:
+        # Without the barrier, XLA finds that it had them before, and keeps
+        # them after all.
+        residuals = jax.lax.optimization_barrier(residuals)
+        query, key, value, padding_mask, outputs, log_total = residuals
+        weights = jnp.exp(_scores(query, key, padding_mask) - log_total)
+
+    value_gradient = jnp.einsum(
+        "bngqk,bngqh->bnkh", weights.astype(value.dtype), cotangent
+    )
+    weights_gradient = jnp.einsum(
+        "bngqh,bnkh->bngqk",
+        cotangent,
+        value,
+        preferred_element_type=weights.dtype,
+    )
+    mean = jnp.sum(
+        cotangent.astype(weights.dtype) * outputs, axis=-1, keepdims=True
+    )
+    scores_gradient = weights * (weights_gradient - mean)
+    scores_gradient *= query.shape[-1] ** -0.5
+    scores_gradient = scores_gradient.astype(query.dtype)
+    query_gradient = jnp.einsum("bngqk,bnkh->bngqh", scores_gradient, key)
+    key_gradient = jnp.einsum("bngqk,bngqh->bnkh", scores_gradient, query)
+    return query_gradient, key_gradient, value_gradient, None
+
+
+_attend.defvjp(_attend_and_keep, _attend_gradient)
+
+
+def _scores(query, key, padding_mask):
+    """`(b, n, g, q, k)`, in float32 at least; masked ones are the lowest."""
+    dtype = jnp.promote_types(query.dtype, "float32")
+    scores = jnp.einsum(
+        "bngqh,bnkh->bngqk", query, key, preferred_element_type=dtype
+    )
+    scores *= query.shape[-1] ** -0.5
+    num_queries, num_keys = scores.shape[-2:]
+    mask = document_mask(padding_mask, start=num_keys - num_queries)
+    return jnp.where(mask[:, None, None], scores, jnp.finfo("float32").min)
+
+
+# === Splash attention ===
+
+
+def splash_attention(query, key, value, padding_mask):
+    """See `document_attention`. Scores stay inside the kernel."""
+    length, head_dim = query.shape[1], query.shape[3]
+    missing = -length % min(SPLASH_BLOCKS)
+
+    def heads_first(x):
+        x = jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        return jnp.swapaxes(x, 1, 2)  # (batch, heads, length, head_dim)
+
+    documents = jnp.pad(padding_mask.astype("int32"), ((0, 0), (0, missing)))
+    attended = _on_each_device(
+        _splash_kernel,
+        heads_first(query * head_dim**-0.5),
+        heads_first(key),
+        heads_first(value),
+        documents,
+    )
+    return jnp.swapaxes(attended, 1, 2)[:, :length]
+
+
+def _splash_kernel(query, key, value, documents):
+    # It takes half a second to import, and most machines have no use for it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    _, num_heads, length, _ = query.shape
+    block = next(block for block in SPLASH_BLOCKS if length % block == 0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((length, length))] * num_heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=_device().platform != "tpu",
+    )
+    segments = splash.SegmentIds(documents, documents)
+    return jax.vmap(kernel)(query, key, value, segments)
+
+
+def _on_each_device(kernel, query, key, value, documents):
+    """Runs a kernel on each device's rows and heads.
+
+    XLA splits what it knows how to split, and a Pallas kernel it does not.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return kernel(query, key, value, documents)
+    mesh = distribution.device_mesh.backend_mesh
+    batch_size, num_heads = key.shape[:2]
+
+    def axes_for(size, axes):
+        num_shards = math.prod(mesh.shape[axis] for axis in axes)
+        return axes if size % num_shards == 0 else None
+
+    batch_axis = distribution.batch_dim_name
+    rows = axes_for(batch_size, (batch_axis,))
+    heads = axes_for(
+        num_heads, tuple(x for x in mesh.axis_names if x != batch_axis)
+    )
+    by_head = PartitionSpec(rows, heads)
+    return jax.shard_map(
+        kernel,
+        mesh=mesh,
+        in_specs=(by_head, by_head, by_head, PartitionSpec(rows)),
+        out_specs=by_head,
+        check_vma=False,  # Pallas's outputs don't say how they vary.
+    )(query, key, value, documents)
+
+
+def _device():
+    """A device of those that the current program is made for."""
+    distribution = keras.distribution.distribution()
+    if distribution is not None:
+        return distribution.device_mesh.backend_mesh.devices.flat[0]
+    default = jax.config.jax_default_device
+    if isinstance(default, jax.Device):
+        return default
+    return jax.devices(default)[0]
