@@ -1,21 +1,21 @@
 """Trains a model like one that the original trained, and compares their losses.
 
-    python -m benchmarks.quality CHECKPOINT DOCUMENTS VALIDATION
+    python -m benchmarks.quality CHECKPOINT DOCUMENTS VALIDATION RUN
 
 CHECKPOINT is a folder that the original package saved. A new model of its
 configuration is trained from nothing with the card's recipe, on as many steps
-and rows; then both are evaluated on the same rows.
+and rows; then both are evaluated on the same rows. RUN gets the losses and
+checkpoints; the same command goes on after an interruption.
 """
 
 import argparse
 import json
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
 import keras_bwetaf
+from keras_bwetaf.training import Monitor, TrainingCheckpoint
 
 import keras  # isort: skip  after keras_bwetaf, which chooses the backend
 
@@ -27,6 +27,7 @@ def main():
         "documents", type=Path, help='JSON: {"train": [text, ...], ...}'
     )
     parser.add_argument("validation", type=Path, help=".npy, rows of tokens")
+    parser.add_argument("run", type=Path, help="a folder for each seed")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rows", type=int, default=48, help="for validation")
@@ -41,18 +42,24 @@ def main():
     tokenizer = new.preprocessor.tokenizer
     new.compile(keras_bwetaf.recipe("97m", total_steps=arguments.steps))
     documents = json.loads(arguments.documents.read_text("utf-8"))["train"]
-    with tempfile.TemporaryDirectory() as folder:
-        keras_bwetaf.data.pack(documents, folder, tokenizer)
-        dataset = keras_bwetaf.data.load_packed(
-            folder,
-            sequence_length=new.backbone.max_sequence_length,
-            batch_size=arguments.batch,
-            tokenizer=tokenizer,
-            seed=arguments.seed,
-        )
-        start = time.perf_counter()
-        new.fit(dataset, steps_per_epoch=arguments.steps, verbose=2)
-        print(f"{time.perf_counter() - start:.0f} s of training")
+    tokens = arguments.run / "tokens"
+    keras_bwetaf.data.pack(documents, tokens, tokenizer)
+    dataset = keras_bwetaf.data.load_packed(
+        tokens,
+        sequence_length=new.backbone.max_sequence_length,
+        batch_size=arguments.batch,
+        tokenizer=tokenizer,
+        seed=arguments.seed,
+    )
+    new.fit(
+        dataset,
+        steps_per_epoch=arguments.steps,
+        verbose=0,
+        callbacks=[
+            Monitor(arguments.run, total_steps=arguments.steps, every=10),
+            TrainingCheckpoint(arguments.run / "checkpoints", save_every=50),
+        ],
+    )
 
     rows = np.load(arguments.validation)[: arguments.rows].astype("int32")
     ends = (rows == tokenizer.end_token_id).astype("int32")
