@@ -4,7 +4,7 @@ from keras_bwetaf import _environment  # noqa: F401, I001  must come first
 
 from importlib.metadata import version
 
-from keras_bwetaf import data, layers, models, training
+from keras_bwetaf import data, distribution, layers, models, training
 from keras_bwetaf.generation import BwETAFSampler
 from keras_bwetaf.models import (
     BwETAFBackbone,
@@ -26,6 +26,7 @@ __all__ = [
     "BwETAFSampler",
     "BwETAFTokenizer",
     "data",
+    "distribution",
     "from_preset",
     "layers",
     "list_presets",

@@ -426,19 +426,36 @@ def _check_fit(found, wanted):
 
 
 def _assign(backbone, folder):
-    """Moves weights from a folder into variables, one by one."""
+    """Moves weights from a folder into variables, one by one.
+
+    Each goes straight to its devices, which get their own parts only.
+    """
+    from keras_bwetaf.layers.sharding import mesh
+
     variables = {variable.path: variable for variable in backbone.weights}
     checkpoint = converters.read_checkpoint(folder, optimizer=False)
     _check_fit(
         {row.keras: row.shape for row in checkpoint.rows},
         {path: tuple(each.shape) for path, each in variables.items()},
     )
+    places = {path: each.value.sharding for path, each in variables.items()}
     for variable in variables.values():
         variable.value.delete()  # zeros, whose memory the weights can have
     for row in checkpoint.rows:
         variable, tensor = variables[row.keras], checkpoint[row.name]
-        # A copy, because JAX goes on using an array where it lies, and the
-        # file may change. Finished, so that copies don't pile up.
-        array = np.array(tensor.array(), variable.dtype, order="C")
-        variable.assign(jax.device_put(array).block_until_ready())
+        view = tensor.array()
+
+        def read(part, view=view, dtype=variable.dtype):
+            # A copy, because JAX goes on using an array where it lies, and
+            # the file may change.
+            return np.array(view[part], dtype, order="C")
+
+        if mesh() is not None:
+            value = jax.make_array_from_callback(
+                view.shape, places[row.keras], read
+            )
+        else:
+            value = jax.device_put(read(...))
+        # Finished, so that copies don't pile up.
+        variable.assign(value.block_until_ready())
         tensor.release()

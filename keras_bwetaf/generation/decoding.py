@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_bwetaf.generation import sampling
+from keras_bwetaf.layers.sharding import by_row, on_every_device
 
 
 class GenerationState(NamedTuple):
@@ -67,7 +68,7 @@ class Decoder:
         state, random_state = self._prefill(
             self._values(),
             num_slots,
-            token_ids,
+            by_row(token_ids),
             state,
             settings,
             self._random_state(),
@@ -149,7 +150,7 @@ class Decoder:
             seen=seen.at[rows, token_ids].max(is_prompt),
             **state,
         )
-        return self._add_token(state, logits, settings, random_state)
+        return _readable(self._add_token(state, logits, settings, random_state))
 
     def _decode_steps(self, values, state, settings, num_steps, random_state):
         last = state.num_tokens + num_steps
@@ -180,7 +181,7 @@ class Decoder:
             state = state._replace(cache=cache)
             return self._add_token(state, logits, settings, random_state)
 
-        return jax.lax.while_loop(more, step, (state, random_state))
+        return _readable(jax.lax.while_loop(more, step, (state, random_state)))
 
     def _add_token(self, state, logits, settings, random_state):
         """Chooses a token for every row and appends it."""
@@ -213,3 +214,9 @@ class Decoder:
             token = sampler.get_next_token(probabilities)
         random_state = [scope.get_current_value(v) for v in sampler.variables]
         return token.astype("int32"), random_state
+
+
+def _readable(state_and_random_state):
+    """With the tokens where the host can read them."""
+    state, random_state = state_and_random_state
+    return state._replace(tokens=on_every_device(state.tokens)), random_state

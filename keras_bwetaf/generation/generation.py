@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_bwetaf.generation.sampling import SamplingSettings
+from keras_bwetaf.layers.sharding import num_row_groups
 
 SMALLEST_BUCKET = 64
 TRUNCATIONS = (None, "left")
@@ -116,7 +117,7 @@ def generate_tokens(decoder, request, tokens_per_dispatch, finished):
     prompts, limits, longest, stop_token_ids, settings = request
     num_rows = len(prompts)
     # Rows that fill up the bucket have no tokens to make.
-    num_padding = bucket(num_rows, 1) - num_rows
+    num_padding = bucket(num_rows, num_row_groups()) - num_rows
     prompts = prompts + [[0]] * num_padding
     limits = np.array(limits + [0] * num_padding, "int32")
     if settings is not None:

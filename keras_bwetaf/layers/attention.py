@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import keras
 from jax.sharding import PartitionSpec
 
+from keras_bwetaf.layers.sharding import device_axes, mesh, on_each_device
+
 KERNELS = ("plain", "splash")
 SMALLEST_CHUNK = 128
 MOST_CHUNKS = 8
@@ -274,8 +276,13 @@ def splash_attention(query, key, value, padding_mask):
         return jnp.swapaxes(x, 1, 2)  # (batch, heads, length, head_dim)
 
     documents = jnp.pad(padding_mask.astype("int32"), ((0, 0), (0, missing)))
-    attended = _on_each_device(
+    rows, heads = device_axes(key.shape[0], key.shape[2])
+    by_head = PartitionSpec(rows, heads)
+    attended = on_each_device(
         _splash_kernel,
+        in_specs=(by_head, by_head, by_head, PartitionSpec(rows)),
+        out_specs=by_head,
+    )(
         heads_first(query * head_dim**-0.5),
         heads_first(key),
         heads_first(value),
@@ -308,41 +315,10 @@ def _splash_kernel(query, key, value, documents):
     return jax.vmap(kernel)(query, key, value, segments)
 
 
-def _on_each_device(kernel, query, key, value, documents):
-    """Runs a kernel on each device's rows and heads.
-
-    XLA splits what it knows how to split, and a Pallas kernel it does not.
-    """
-    distribution = keras.distribution.distribution()
-    if distribution is None:
-        return kernel(query, key, value, documents)
-    mesh = distribution.device_mesh.backend_mesh
-    batch_size, num_heads = key.shape[:2]
-
-    def axes_for(size, axes):
-        num_shards = math.prod(mesh.shape[axis] for axis in axes)
-        return axes if size % num_shards == 0 else None
-
-    batch_axis = distribution.batch_dim_name
-    rows = axes_for(batch_size, (batch_axis,))
-    heads = axes_for(
-        num_heads, tuple(x for x in mesh.axis_names if x != batch_axis)
-    )
-    by_head = PartitionSpec(rows, heads)
-    return jax.shard_map(
-        kernel,
-        mesh=mesh,
-        in_specs=(by_head, by_head, by_head, PartitionSpec(rows)),
-        out_specs=by_head,
-        check_vma=False,  # Pallas's outputs don't say how they vary.
-    )(query, key, value, documents)
-
-
 def _device():
     """A device of those that the current program is made for."""
-    distribution = keras.distribution.distribution()
-    if distribution is not None:
-        return distribution.device_mesh.backend_mesh.devices.flat[0]
+    if mesh() is not None:
+        return mesh().devices.flat[0]
     default = jax.config.jax_default_device
     if isinstance(default, jax.Device):
         return default

@@ -2,6 +2,10 @@ import keras
 from keras import ops
 
 from keras_bwetaf.layers import initializers
+from keras_bwetaf.layers.sharding import (
+    halves_from_shards,
+    halves_to_shards,
+)
 
 
 def dense(name, units, *, use_bias, initializer_range, dtype):
@@ -35,22 +39,45 @@ def dense(name, units, *, use_bias, initializer_range, dtype):
 
 
 class _Dense(keras.layers.EinsumDense):
-    """With LoRA, the factors multiply the inputs one after the other.
+    """Keras's, which can make each device the part of a vector that it needs.
 
-    Keras adds their product to the kernel first. That rounds it away where
-    the kernel is in bfloat16, and needs the kernel's gradient to find theirs,
-    a third of the work of the layer.
+    With `output_shards` or `input_shards`, outputs or inputs are in the order
+    of `halves_to_shards`. It is the kernel that is reordered, so that each
+    device multiplies by its own part.
+
+    With LoRA, the factors multiply the inputs one after the other. Keras adds
+    their product to the kernel first. That rounds it away where the kernel is
+    in bfloat16, and needs the kernel's gradient to find theirs, a third of
+    the work of the layer.
     """
 
-    def call(self, inputs, training=None):
-        if not self.lora_enabled:
-            return super().call(inputs, training=training)
-        # r = rank
-        x = ops.einsum("bti,ri->btr", inputs, self.lora_kernel_b)
-        x = ops.einsum("btr,ur->btu", x, self.lora_kernel_a)
-        x *= self.lora_alpha / self.lora_rank
-        x += ops.einsum(self.equation, inputs, self._kernel)
-        return x if self.bias is None else x + self.bias
+    def call(self, inputs, training=None, output_shards=1, input_shards=1):
+        def reordered(weight, output_axis=None, input_axis=None):
+            weight = ops.convert_to_tensor(weight)
+            if output_axis is not None:
+                weight = halves_to_shards(weight, output_axis, output_shards)
+            if input_axis is not None:
+                weight = halves_to_shards(weight, input_axis, input_shards)
+            return weight
+
+        kernel = reordered(self._kernel, 0, 1)
+        outputs = ops.einsum(self.equation, inputs, kernel)
+        if self.lora_enabled:
+            # r = rank
+            x = reordered(self.lora_kernel_b, input_axis=1)
+            x = ops.einsum("bti,ri->btr", inputs, x)
+            x = ops.einsum(
+                "btr,ur->btu", x, reordered(self.lora_kernel_a, output_axis=0)
+            )
+            outputs += x * (self.lora_alpha / self.lora_rank)
+        if self.bias is None:
+            return outputs
+        return outputs + reordered(self.bias, output_axis=0)
+
+    def quantized_call(self, inputs, output_shards=1, input_shards=1, **kwargs):
+        inputs = halves_from_shards(inputs, -1, input_shards)
+        outputs = super().quantized_call(inputs, **kwargs)
+        return halves_to_shards(outputs, -1, output_shards)
 
     def quantize(self, mode=None, type_check=True, config=None):
         if self.lora_enabled:

@@ -1,11 +1,17 @@
 import jax
 import jax.numpy as jnp
 import keras
+from jax.sharding import PartitionSpec
 from keras import ops
 
 from keras_bwetaf.layers.attention import document_attention
 from keras_bwetaf.layers.dense import dense
 from keras_bwetaf.layers.rotary_embedding import RotaryEmbedding
+from keras_bwetaf.layers.sharding import (
+    device_axes,
+    num_pair_shards,
+    on_each_device,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -33,10 +39,10 @@ class GroupedQueryAttention(keras.layers.Layer):
             `attention.document_mask`. Needed without `attention_mask`.
         positions: int tensor `(batch, length)`. Defaults to 0, 1, 2, ...
         cache: `(key, value)`, each `(batch * num_key_value_heads, slots,
-            head_dim)`. The keys and values of `hidden_states` are written
-            into it before attention reads it. With batch and heads in one
-            axis, XLA writes in place; in two, it copies every cache at every
-            step.
+            head_dim)`, in which a device's rows and heads are together. The
+            keys and values of `hidden_states` are written into it before
+            attention reads it. With batch and heads in one axis, XLA writes
+            in place; in two, it copies every cache at every step.
         cache_index: int. The first slot to write. Needed with a cache.
         attention_mask: bool tensor `(batch, length, slots)`, the slots of the
             cache that each query sees. Without it, the tokens of
@@ -117,9 +123,12 @@ class GroupedQueryAttention(keras.layers.Layer):
         cache_index=None,
         attention_mask=None,
     ):
-        query = self.query_rotary(self.query(hidden_states), positions)
-        key = self.key_rotary(self.key(hidden_states), positions)
-        value = self.value(hidden_states)
+        shards = num_pair_shards(self.num_key_value_heads)
+        query = self.query(hidden_states, output_shards=shards)
+        query = self.query_rotary(query, positions, num_shards=shards)
+        key = self.key(hidden_states, output_shards=shards)
+        key = self.key_rotary(key, positions, num_shards=shards)
+        value = self.value(hidden_states, output_shards=shards)
 
         query = self._split_heads(query, self.num_query_heads)
         key = self._split_heads(key, self.num_key_value_heads)
@@ -136,7 +145,7 @@ class GroupedQueryAttention(keras.layers.Layer):
             attended = _attend_to_cache(query, cache, attention_mask)
 
         output = self.attention_output(
-            ops.reshape(attended, hidden_states.shape)
+            ops.reshape(attended, hidden_states.shape), input_shards=shards
         )
         return output if cache is None else (output, cache)
 
@@ -160,13 +169,20 @@ class GroupedQueryAttention(keras.layers.Layer):
 
 def _update_cache(cache, key, value, index):
     """Writes new keys and values into slots `index` and after."""
+
+    def write(slots, new, index):
+        new = _merge_heads(new).astype(slots.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(slots, new, index, axis=1)
+
+    rows, heads = device_axes(key.shape[0], key.shape[2])
+    slots = PartitionSpec((*rows, *heads))
+    write = on_each_device(
+        write,
+        in_specs=(slots, PartitionSpec(rows, None, heads), PartitionSpec()),
+        out_specs=slots,
+    )
     return tuple(
-        jax.lax.dynamic_update_slice_in_dim(
-            slots,
-            _merge_heads(new).astype(slots.dtype),
-            index,
-            axis=1,
-        )
+        write(slots, new, index)
         for slots, new in zip(cache, (key, value), strict=True)
     )
 
@@ -178,10 +194,22 @@ def _merge_heads(x):
 
 
 def _attend_to_cache(query, cache, mask):
+    num_heads = cache[0].shape[0] // query.shape[0]
+    rows, heads = device_axes(query.shape[0], num_heads)
+    slots = PartitionSpec((*rows, *heads))
+    by_head = PartitionSpec(rows, None, heads)
+    return on_each_device(
+        _attend_to_slots,
+        in_specs=(by_head, slots, slots, PartitionSpec(rows)),
+        out_specs=by_head,
+    )(query, *cache, mask)
+
+
+def _attend_to_slots(query, key, value, mask):
     # b = batch, q = query length, s = slots, k = key/value heads,
     # g = query heads of a group, h = head dim
-    key, value = cache  # (bk, s, h)
-    batch_size, length, num_query_heads, head_dim = query.shape  # (b, q, kg, h)
+    # query (b, q, kg, h), key and value (bk, s, h), mask (b, q, s)
+    batch_size, length, num_query_heads, head_dim = query.shape
     num_heads = key.shape[0] // batch_size
     num_groups = num_query_heads // num_heads
 

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 
+import jax.numpy as jnp
 import keras
 
 _weights_follow = contextvars.ContextVar("weights_follow", default=False)
@@ -33,5 +34,12 @@ def skip_initialization():
 def normal(stddev):
     """Normal initializer, or zeros inside `skip_initialization`."""
     if _weights_follow.get():
-        return keras.initializers.Zeros()
+        return _Zeros()
     return keras.initializers.RandomNormal(stddev=stddev)
+
+
+class _Zeros(keras.initializers.Zeros):
+    """Zeros that are made where they belong, on no device as a whole."""
+
+    def __call__(self, shape, dtype=None, layout=None):
+        return jnp.zeros(shape, dtype, out_sharding=layout)

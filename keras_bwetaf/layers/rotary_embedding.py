@@ -76,6 +76,8 @@ class RotaryEmbedding(keras.layers.Layer):
         inputs: float tensor `(batch, length, width)`.
         positions: int tensor `(length,)` or `(batch, length)`. Defaults to
             0, 1, 2, ...
+        num_shards: int. Inputs are in the order of
+            `sharding.halves_to_shards` with so many shards.
 
     Output shape:
         The input's.
@@ -95,22 +97,23 @@ class RotaryEmbedding(keras.layers.Layer):
         )
         self.built = True
 
-    def call(self, inputs, positions=None):
+    def call(self, inputs, positions=None, num_shards=1):
         if positions is None:
             positions = jnp.arange(inputs.shape[1])
         angles = rotary_angles(
             positions, self.frequencies, self.rope_dtype or self.compute_dtype
         )  # ([batch,] length, width // 2)
+        angles = jnp.reshape(angles, (*angles.shape[:-1], num_shards, -1))
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        half = len(self.frequencies)
-        first, second, rest = jnp.split(
-            jnp.asarray(inputs, "float32"), [half, 2 * half], axis=-1
-        )
+        shards = jnp.asarray(inputs, "float32")
+        shards = jnp.reshape(shards, (*inputs.shape[:-1], num_shards, -1))
+        half = angles.shape[-1]
+        first, second, rest = jnp.split(shards, [half, 2 * half], axis=-1)
         rotated = jnp.concatenate(
             [first * cos - second * sin, second * cos + first * sin, rest],
             axis=-1,
-        )  # (batch, length, width)
-        return rotated.astype(inputs.dtype)
+        )  # (batch, length, num_shards, width // num_shards)
+        return jnp.reshape(rotated, inputs.shape).astype(inputs.dtype)
 
     def get_config(self):
         config = super().get_config()

@@ -230,6 +230,84 @@ class BwETAFBackbone(LoraBackbone):
         )
         return config
 
+    @staticmethod
+    def get_layout_map(
+        device_mesh,
+        model_parallel_dim_name="model",
+        data_parallel_dim_name="batch",
+    ):
+        """How weights are split over the axes of a mesh.
+
+        The model's axis splits the feed-forward network and the vocabulary.
+        The kernels around attention are whole on each of its devices: RoPE
+        pairs dimensions of two heads, which no split in equal contiguous
+        parts keeps together. The axis of the data splits a dimension of each
+        weight that the model's has left.
+
+        Every weight of the backbone is matched, LoRA's and quantized ones
+        included; and so are deliberately those with no split: the scales of
+        quantized weights, and the state of random generators.
+
+        Args:
+            device_mesh: `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: str or `None`. An axis of the mesh.
+                `None` splits no layer.
+            data_parallel_dim_name: str or `None`. Another. `None` splits no
+                weight over devices with different rows.
+
+        Returns:
+            `keras.distribution.LayoutMap`, of full paths.
+
+        Raises:
+            ValueError: If the mesh has no such axis.
+
+        Example:
+
+        ```python
+        mesh = keras.distribution.DeviceMesh((4, 2), ("batch", "model"))
+        layout_map = keras_bwetaf.BwETAFBackbone.get_layout_map(mesh)
+        ```
+        """
+        for name in (model_parallel_dim_name, data_parallel_dim_name):
+            if name is not None and name not in device_mesh.axis_names:
+                raise ValueError(
+                    f"The mesh has the axes {list(device_mesh.axis_names)}. "
+                    f"Received: {name!r}"
+                )
+        model, data = model_parallel_dim_name, data_parallel_dim_name
+        either = model or data
+        embedding = "token_embedding"
+        attention = r"transformer_layer_\d+/self_attention"
+        inner = "(query|key|value|attention_output)"
+        feedforward = r"transformer_layer_\d+/feedforward"
+        first = "(gate|intermediate)"
+        # Kernels are (outputs, inputs), LoRA's factors (outputs, rank) and
+        # (rank, inputs).
+        layouts = {
+            f"{embedding}/embeddings": (model, data),
+            f"{embedding}/lora_embeddings_a": (either, None),
+            f"{embedding}/lora_embeddings_b": (None, data),
+            f"{attention}/{inner}/kernel": (data, None),
+            f"{attention}/{inner}/lora_kernel_a": (data, None),
+            f"{attention}/{inner}/lora_kernel_b": (None, data),
+            f"{attention}/attention_output/bias": (data,),
+            f"{feedforward}/{first}/kernel": (model, data),
+            f"{feedforward}/{first}/lora_kernel_a": (either, None),
+            f"{feedforward}/{first}/lora_kernel_b": (None, data),
+            f"{feedforward}/{first}/bias": (either,),
+            f"{feedforward}/output/kernel": (data, model),
+            f"{feedforward}/output/lora_kernel_a": (data, None),
+            f"{feedforward}/output/lora_kernel_b": (None, either),
+            f"{feedforward}/output/bias": (data,),
+            r"transformer_layer_\d+/\w+_norm/scale": (data,),
+            r".*/((kernel|embeddings)_(scale|zero)|g_idx)": (),
+            r".*/seed_generator_state": (),
+        }
+        layout_map = keras.distribution.LayoutMap(device_mesh)
+        for path, axes in layouts.items():
+            layout_map[f"(.*/)?{path}"] = axes
+        return layout_map
+
 
 def _check_positive_int(name, value):
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

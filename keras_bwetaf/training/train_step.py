@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_bwetaf.layers.sharding import whole_over_rows
 from keras_bwetaf.training.loss import (
     cross_entropy,
     head_cross_entropy,
@@ -195,10 +196,9 @@ def token_losses(model, trainable, non_trainable, batch, training):
         Tuple of what `head_cross_entropy` returns, and the new non-trainable
         variables.
     """
-    mapping = [
-        *zip(model.trainable_variables, trainable, strict=True),
-        *zip(model.non_trainable_variables, non_trainable, strict=True),
-    ]
+    variables = model.trainable_variables + model.non_trainable_variables
+    values = whole_over_rows(variables, [*trainable, *non_trainable])
+    mapping = list(zip(variables, values, strict=True))
     inputs = {name: batch[name] for name in ("token_ids", "padding_mask")}
     targets, weights = batch["targets"], batch["weights"]
     with keras.StatelessScope(state_mapping=mapping) as scope:
@@ -209,9 +209,13 @@ def token_losses(model, trainable, non_trainable, batch, training):
             losses = head_cross_entropy(hidden_states, table, targets, weights)
         else:  # There is no table of floats.
             losses = cross_entropy(model.head(hidden_states), targets, weights)
+    whole = values[len(trainable) :]
+    changed = map(scope.get_current_value, model.non_trainable_variables)
     non_trainable = [
-        scope.get_current_value(variable)
-        for variable in model.non_trainable_variables
+        before if after is each else after
+        for before, each, after in zip(
+            non_trainable, whole, changed, strict=True
+        )
     ]
     return losses, non_trainable
 
