@@ -2,7 +2,7 @@
 
     pip install libtpu  # the release that belongs to the installed jax
     python -m benchmarks.tpu_compile [--topology v3:2x2 v6e:2x4 ...]
-        [--batch 4] [--length 2048] [--strategy data_parallel]
+        [--batch 4] [--length 2048] [--strategy data_parallel ...]
         [--remat none attention] [--kernel plain] [--largest-batch]
         [--programs train prefill decode] [--original]
 
@@ -10,8 +10,10 @@ The 97M model in bfloat16 with the card's recipe: the train step of `fit`, and
 the prompt pass and the decode loop of `generate`, whose prompts are half of
 the length. TPU's compiler runs on any Linux machine; nothing is executed.
 
-Figures are of one core and one step; of `decode`, of one token. FLOPs, bytes
-and seconds are the compiler's own estimate. It counts what is in a loop once,
+`--batch` is the number of rows for each core: with `model_parallel_2`, two
+cores have twice as many together. Figures are of one core and one step; of
+`decode`, of one token. FLOPs, bytes and seconds are the compiler's own
+estimate. It counts what is in a loop once,
 so those of a train step are of one without the loop over parts of the head
 and loss. Of a Pallas kernel it counts nothing: with splash attention, FLOPs
 and seconds are too small. Where it gives no seconds, none are shown.
@@ -35,6 +37,8 @@ import collections
 import contextlib
 import functools
 import io
+import itertools
+import math
 import re
 import time
 from typing import NamedTuple
@@ -47,16 +51,16 @@ from rich.console import Console
 from rich.table import Table
 
 import keras_bwetaf
+from keras_bwetaf import distribution
 from keras_bwetaf.generation.decoding import Decoder, GenerationState
 from keras_bwetaf.generation.sampling import BwETAFSampler, SamplingSettings
 from keras_bwetaf.layers import attention, attention_kernel
 from keras_bwetaf.layers.initializers import skip_initialization
+from keras_bwetaf.layers.sharding import device_axes
 from keras_bwetaf.layers.transformer_block import REMAT
 from keras_bwetaf.presets import PRESETS
 from keras_bwetaf.training import recipe, train_step
 from keras_bwetaf.training.loss import head_cross_entropy
-
-import keras  # isort: skip  after keras_bwetaf, which chooses the backend
 
 CARD = PRESETS["97m"]["config"]
 DTYPE = "bfloat16"
@@ -66,9 +70,14 @@ GIB = 2**30
 
 # From devices to a `keras.distribution.Distribution`.
 STRATEGIES = {
-    "data_parallel": lambda devices: keras.distribution.DataParallel(
-        devices=devices
+    "data_parallel": distribution.data_parallel,
+    "fully_sharded": distribution.fully_sharded,
+    "model_parallel_2": functools.partial(distribution.model_parallel, 2),
+    "model_parallel_2_fully_sharded": functools.partial(
+        distribution.model_parallel, 2, True
     ),
+    "model_parallel_4": functools.partial(distribution.model_parallel, 4),
+    "model_parallel_8": functools.partial(distribution.model_parallel, 8),
 }
 
 
@@ -89,11 +98,11 @@ def our_model():
     return lm
 
 
-def train(lm, remat, distribution, batch_size, length):
+def train(lm, remat, strategy, batch_size, length):
     """The step of `fit`, placed as Keras's trainer places it."""
     for block in lm.backbone.transformer_layers:
         block.remat = remat
-    layouts = _layouts(lm, distribution)
+    layouts = _layouts(lm, strategy)
     state = tuple(
         [_struct(v, layouts[v.path]) for v in variables]
         for variables in (
@@ -104,7 +113,7 @@ def train(lm, remat, distribution, batch_size, length):
         )
     )
     rows = jax.ShapeDtypeStruct((batch_size, length), "int32")
-    rows = _struct(rows, distribution.get_data_layout(rows.shape))
+    rows = _struct(rows, strategy.get_data_layout(rows.shape))
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
         # A new function each time, as JAX keeps what it has traced.
@@ -115,27 +124,25 @@ def train(lm, remat, distribution, batch_size, length):
     return Program(step, (state, {"token_ids": rows, "padding_mask": rows}))
 
 
-def prefill(lm, distribution, batch_size, length):
+def prefill(lm, strategy, batch_size, length):
     """Prompts of half the length, with caches for all of it."""
     decoder = Decoder(lm)
     return Program(
         decoder._prefill,
         (
-            _weights(lm, distribution),
+            _weights(lm, strategy),
             length,
-            *_prompts(distribution, batch_size, length // 2),
+            *_prompts(strategy, batch_size, length // 2),
             [],
         ),
     )
 
 
-def decode(lm, distribution, batch_size, length):
+def decode(lm, strategy, batch_size, length):
     """The loop that makes tokens after such prompts."""
     decoder = Decoder(lm)
-    values = _weights(lm, distribution)
-    token_ids, request, settings = _prompts(
-        distribution, batch_size, length // 2
-    )
+    values = _weights(lm, strategy)
+    token_ids, request, settings = _prompts(strategy, batch_size, length // 2)
     state, _ = jax.eval_shape(
         lambda *arguments: decoder._prefill_step(
             arguments[0], length, *arguments[1:]
@@ -146,15 +153,16 @@ def decode(lm, distribution, batch_size, length):
         settings,
         [],
     )
-    shared = ("prompt_slots", "stop_token_ids", "num_tokens")
-    state = GenerationState(
-        **{
-            name: _placed(value, distribution, by_row=name not in shared)
-            for name, value in state._asdict().items()
-        }
-    )
+    shared = ("prompt_slots", "stop_token_ids", "num_tokens", "tokens")
+    placed = {
+        name: _placed(value, strategy, by_row=name not in shared)
+        for name, value in state._asdict().items()
+    }
+    rows, heads = device_axes(batch_size, CARD["num_key_value_heads"])
+    placed["cache"] = _with_spec(state.cache, strategy, (*rows, *heads))
+    state = GenerationState(**placed)
     num_steps = _placed(
-        jax.ShapeDtypeStruct((), "int32"), distribution, by_row=False
+        jax.ShapeDtypeStruct((), "int32"), strategy, by_row=False
     )
     return Program(decoder._decode, (values, state, settings, num_steps, []))
 
@@ -162,7 +170,7 @@ def decode(lm, distribution, batch_size, length):
 PROGRAMS = ("train", "prefill", "decode")
 
 
-def original(distribution, batch_size, length):
+def original(strategy, batch_size, length):
     """A train step of BwETAF 0.6, whose package has none, with optax."""
     import optax
 
@@ -212,16 +220,16 @@ def original(distribution, batch_size, length):
         manager.params,
         jax.eval_shape(optimizer.init, manager.params),
     )
-    state, key = _placed((state, manager.key), distribution, by_row=False)
+    state, key = _placed((state, manager.key), strategy, by_row=False)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     rows = jax.ShapeDtypeStruct((batch_size, length), "int32")
     return Program(
         jax.jit(step, donate_argnums=0, out_shardings=(None, shardings)),
-        (state, _placed(rows, distribution, by_row=True), key),
+        (state, _placed(rows, strategy, by_row=True), key),
     )
 
 
-def _layouts(lm, distribution):
+def _layouts(lm, strategy):
     """Layouts by path of all variables of a model and its optimizer.
 
     Nothing can be put on devices that are not there, so the layouts are asked
@@ -229,7 +237,7 @@ def _layouts(lm, distribution):
     """
     optimizer = lm.optimizer
     variables = [*lm.variables, *lm.metrics_variables, *optimizer.variables]
-    layouts = {v.path: distribution.get_variable_layout(v) for v in variables}
+    layouts = {v.path: strategy.get_variable_layout(v) for v in variables}
     for moments in (optimizer._momentums, optimizer._velocities):
         for weight, moment in zip(lm.trainable_variables, moments, strict=True):
             layouts[moment.path] = layouts[weight.path]
@@ -242,12 +250,15 @@ def _struct(value, layout):
     )
 
 
-def _placed(values, distribution, by_row):
+def _placed(values, strategy, by_row):
     """Arrays split by their first axis, or whole on every device."""
-    mesh = distribution.device_mesh.backend_mesh
-    axes = (distribution.batch_dim_name,) if by_row else ()
+    axes = (strategy.batch_dim_name,) if by_row else ()
+    return _with_spec(values, strategy, *axes)
+
+
+def _with_spec(values, strategy, *axes):
     sharding = jax.sharding.NamedSharding(
-        mesh, jax.sharding.PartitionSpec(*axes)
+        strategy.device_mesh.backend_mesh, jax.sharding.PartitionSpec(*axes)
     )
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -255,27 +266,25 @@ def _placed(values, distribution, by_row):
     )
 
 
-def _weights(lm, distribution):
-    return [
-        _struct(v, distribution.get_variable_layout(v)) for v in lm.variables
-    ]
+def _weights(lm, strategy):
+    return [_struct(v, strategy.get_variable_layout(v)) for v in lm.variables]
 
 
-def _prompts(distribution, batch_size, prompt_length):
+def _prompts(strategy, batch_size, prompt_length):
     """Prompts, `Decoder.prefill`'s state, and the sampler's settings."""
     rows = np.zeros(batch_size, "int32")
     settings = SamplingSettings.of(BwETAFSampler(), seeds=rows)
     placed = {
-        name: _placed(value, distribution, by_row=name == "seeds")
+        name: _placed(value, strategy, by_row=name == "seeds")
         for name, value in settings._asdict().items()
     }
     token_ids = np.zeros((batch_size, prompt_length), "int32")
-    token_ids, lengths = _placed((token_ids, rows), distribution, by_row=True)
+    token_ids, lengths = _placed((token_ids, rows), strategy, by_row=True)
     stop_token_ids = np.zeros(NUM_STOP_TOKENS, "int32")
     request = {
         "prompt_lengths": lengths,
         "limits": lengths,
-        "stop_token_ids": _placed(stop_token_ids, distribution, by_row=False),
+        "stop_token_ids": _placed(stop_token_ids, strategy, by_row=False),
     }
     return token_ids, request, SamplingSettings(**placed)
 
@@ -362,7 +371,7 @@ def num_bytes(shape):
 
 
 @contextlib.contextmanager
-def without_loops():
+def head_in_one():
     """Train steps made inside work on all of the head and loss at once."""
     in_one = functools.partial(head_cross_entropy, num_chunks=1)
     with mock.patch.object(train_step, "head_cross_entropy", in_one):
@@ -378,10 +387,11 @@ class Figures:
 
     Args:
         make_program: function that returns a `Program`.
-        is_train_step: bool.
+        without_loops: bool. Whether FLOPs, bytes and seconds are those of the
+            program without its loop, which is compiled for that.
     """
 
-    def __init__(self, make_program, is_train_step):
+    def __init__(self, make_program, without_loops):
         start = time.perf_counter()
         program = compiled(make_program())
         self.seconds_to_compile = time.perf_counter() - start
@@ -391,8 +401,8 @@ class Figures:
         self.peak = memory.peak_memory_in_bytes
         self.hlo = program.as_text()
         self.instructions = list(instructions(self.hlo))
-        if is_train_step:
-            with without_loops():
+        if without_loops:
+            with head_in_one():
                 program = compiled(make_program())
         cost = program.cost_analysis()
         self.flops = cost["flops"]
@@ -516,48 +526,95 @@ def rows_of(name, figures, cache_shape):
     }
 
 
-def report(topology, lm, arguments, console):
+def report(topology, strategy_name, lm, arguments, console):
+    """Prints a table, and returns the lines of it that `summary` needs."""
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name=topology
     ).devices
-    distribution = STRATEGIES[arguments.strategy](list(devices))
-    num_replicas = distribution.num_model_replicas
-    cache_shape = (
-        arguments.batch * CARD["num_key_value_heads"],
-        arguments.length,
-        CARD["hidden_dim"] // CARD["num_query_heads"],
-    )
+    strategy = STRATEGIES[strategy_name](devices=list(devices))
+    num_rows = arguments.batch * len(devices)
     table = Table(
         title=f"97M, {DTYPE}, {topology} ({len(devices)} x "
-        f"{devices[0].device_kind}), {arguments.strategy}, "
+        f"{devices[0].device_kind}), {strategy_name}, "
         f"{arguments.batch} x {arguments.length} a core"
     )
     table.add_column("of one core")
-    columns = []
-    with distribution.scope():
+    columns = {}
+    with strategy.scope():
         for name, make in program_makers(lm, arguments).items():
-            console.print(f"{topology}: {name}")
+            console.print(f"{topology}, {strategy_name}: {name}")
 
-            def make_program(batch=arguments.batch, make=make):
-                return make(
-                    distribution, batch * num_replicas, arguments.length
-                )
+            def make_program(num_rows=num_rows, make=make):
+                return make(strategy, num_rows, arguments.length)
 
-            figures = Figures(make_program, is_train_step="train" in name)
-            columns.append(rows_of(name, figures, cache_shape))
+            figures = Figures(
+                make_program,
+                without_loops="train" in name and not arguments.no_estimate,
+            )
+            columns[name] = rows_of(
+                name, figures, cache_shape(strategy, num_rows, arguments.length)
+            )
             table.add_column(name, justify="right", overflow="fold")
             if arguments.largest_batch and "train" in name:
-                columns[-1]["largest batch"] = str(
+                columns[name]["largest batch a core"] = str(
                     largest_batch(
                         lambda batch, make=make_program: does_fit(
-                            lambda: make(batch)
+                            lambda: make(batch * len(devices))
                         ),
                         guess=arguments.batch,
                     )
                 )
-    for row in columns[0]:
-        table.add_row(row, *(column.get(row, "") for column in columns))
+    for row in next(iter(columns.values())):
+        table.add_row(
+            row, *(column.get(row, "") for column in columns.values())
+        )
     console.print(table)
+    return columns
+
+
+def cache_shape(strategy, num_rows, length):
+    """What a device has of the keys, or values, of a layer."""
+    num_heads = CARD["num_key_value_heads"]
+    axes = itertools.chain(*device_axes(num_rows, num_heads))
+    num_parts = math.prod(
+        strategy.device_mesh.backend_mesh.shape[axis] for axis in axes
+    )
+    head_dim = CARD["hidden_dim"] // CARD["num_query_heads"]
+    return num_rows * num_heads // num_parts, length, head_dim
+
+
+def summary(reports):
+    """A table in Markdown of all programs, a line for each.
+
+    Args:
+        reports: dict of topology and strategy to what `report` returned.
+    """
+    names = (
+        "arguments, GiB",
+        "temporaries, GiB",
+        "peak, GiB",
+        "FLOPs",
+        "estimated seconds",
+        "collectives",
+        "Pallas kernels",
+        "copies of a cache",
+        "largest batch a core",
+    )
+    used = [
+        name
+        for name in names
+        if any(
+            column.get(name)
+            for columns in reports.values()
+            for column in columns.values()
+        )
+    ]
+    lines = [["TPU", "strategy", "program", *used], ["---"] * (3 + len(used))]
+    for (topology, strategy_name), columns in reports.items():
+        for program, column in columns.items():
+            cells = (column.get(name, "").replace("\n", "; ") for name in used)
+            lines.append([topology, strategy_name, program, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main():
@@ -566,7 +623,10 @@ def main():
     parser.add_argument("--batch", type=int, default=4, help="rows of a core")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument(
-        "--strategy", choices=STRATEGIES, default="data_parallel"
+        "--strategy",
+        nargs="+",
+        choices=STRATEGIES,
+        default=["data_parallel"],
     )
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=["none"])
     parser.add_argument(
@@ -579,6 +639,11 @@ def main():
         "--largest-batch", action="store_true", help="search for it"
     )
     parser.add_argument("--original", action="store_true")
+    parser.add_argument(
+        "--no-estimate",
+        action="store_true",
+        help="compile once: FLOPs and seconds of train steps are too small",
+    )
     arguments = parser.parse_args()
 
     console = Console()
@@ -588,9 +653,15 @@ def main():
         if arguments.kernel
         else contextlib.nullcontext()
     )
+    reports = {}
     with overrule:
-        for topology in arguments.topology:
-            report(topology, lm, arguments, console)
+        for topology, name in itertools.product(
+            arguments.topology, arguments.strategy
+        ):
+            reports[topology, name] = report(
+                topology, name, lm, arguments, console
+            )
+    print(summary(reports))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,12 @@ import jax.numpy as jnp
 import keras
 from jax.sharding import PartitionSpec
 
-from keras_bwetaf.layers.sharding import device_axes, mesh, on_each_device
+from keras_bwetaf.layers.sharding import (
+    device_axes,
+    mesh,
+    on_each_device,
+    split_heads,
+)
 
 KERNELS = ("plain", "splash")
 SMALLEST_CHUNK = 128
@@ -51,6 +56,7 @@ def document_attention(query, key, value, padding_mask, keep_weights=True):
         0 it is finite, and has no meaning.
     """
     name = chosen_attention(query.shape[1], query.dtype)
+    query, key, value = split_heads(query, key, value)
     padding_mask = jnp.asarray(padding_mask)
     with jax.named_scope(f"{name}_attention"):
         if name == "splash":

@@ -90,6 +90,35 @@ def device_axes(batch_size, num_heads):
     )
 
 
+def split_heads(query, key, value):
+    """Splits heads over the devices that have the same rows.
+
+    If query heads divide and key/value heads don't, each query head gets a
+    key/value head of its own.
+
+    Args:
+        query: array `(batch, length, query_heads, head_dim)`.
+        key: array `(batch, length, heads, head_dim)`.
+        value: array, as `key`.
+
+    Returns:
+        Tuple of the three.
+    """
+    num_query_heads, num_heads = query.shape[2], key.shape[2]
+    num_shards = _size(model_axes())
+    if num_query_heads % num_shards or num_shards == 1:
+        return query, key, value
+    if num_pair_shards(num_heads) == 1:
+        query, key, value = (
+            _constrain(x, (ANY, ANY, None, None)) for x in (query, key, value)
+        )
+    if num_heads % num_shards:
+        num_groups = num_query_heads // num_heads
+        key = jnp.repeat(key, num_groups, axis=2)
+        value = jnp.repeat(value, num_groups, axis=2)
+    return tuple(_split(x, 2) for x in (query, key, value))
+
+
 def on_each_device(function, in_specs, out_specs):
     """A function that each device runs on what it has, without the others.
 
@@ -179,7 +208,9 @@ def _gather_forward(value, split, kept):
 
 
 def _gather_gradient(split, kept, _, cotangent):
-    return (_constrain(cotangent, split),)
+    # Whole first: split in the loop over parts of the head, the gradient of
+    # the embeddings would be added up among the devices for each part.
+    return (_constrain(_constrain(cotangent, kept), split),)
 
 
 _gather.defvjp(_gather_forward, _gather_gradient)
@@ -191,6 +222,8 @@ def _constrain(x, axes):
 
 
 def _split(x, axis):
+    if not model_axes():
+        return x
     axes = [ANY] * x.ndim
     axes[axis] = model_axes()
     return _constrain(x, axes)
