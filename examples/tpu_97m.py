@@ -38,7 +38,9 @@ def main(arguments=None):
     run, batch_size = arguments.run, arguments.batch_size
 
     # Each core works on its part of every batch.
-    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    keras.distribution.set_distribution(
+        keras_bwetaf.distribution.data_parallel()
+    )
     keras.utils.set_random_seed(0)
     lm = keras_bwetaf.from_preset(
         arguments.preset,
