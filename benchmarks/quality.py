@@ -32,12 +32,16 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rows", type=int, default=48, help="for validation")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        help="to train in; the original trained in bfloat16",
+    )
     arguments = parser.parse_args()
     keras.utils.set_random_seed(arguments.seed)
 
-    trained = keras_bwetaf.from_preset(arguments.checkpoint, dtype="float32")
     new = keras_bwetaf.from_preset(
-        arguments.checkpoint, dtype="float32", load_weights=False
+        arguments.checkpoint, dtype=arguments.dtype, load_weights=False
     )
     tokenizer = new.preprocessor.tokenizer
     new.compile(keras_bwetaf.recipe("97m", total_steps=arguments.steps))
@@ -61,6 +65,12 @@ def main():
         ],
     )
 
+    # Both are evaluated in float32.
+    original, ours = (
+        keras_bwetaf.from_preset(arguments.checkpoint, dtype="float32")
+        for _ in range(2)
+    )
+    ours.set_weights(new.get_weights())
     rows = np.load(arguments.validation)[: arguments.rows].astype("int32")
     ends = (rows == tokenizer.end_token_id).astype("int32")
     documents = 1 + np.cumsum(ends, axis=1) - ends
@@ -72,7 +82,7 @@ def main():
         inputs = {"token_ids": rows, "padding_mask": mask}
         losses = [
             lm.evaluate(inputs, batch_size=8, verbose=0, return_dict=True)
-            for lm in (trained, new)
+            for lm in (original, ours)
         ]
         print(f"{name:10}", *(f"{each['loss']:9.4f}" for each in losses))
 

@@ -30,6 +30,8 @@ from keras_bwetaf.layers.sharding import (
 KERNELS = ("plain", "splash")
 SMALLEST_CHUNK = 128
 MOST_CHUNKS = 8
+# More of them, computed again, XLA would hold in memory together.
+MOST_RECOMPUTED_CHUNKS = 4
 SPLASH_BLOCKS = (512, 256, 128)
 SPLASH_DTYPES = ("bfloat16", "float32")
 
@@ -157,8 +159,9 @@ def plain_attention(query, key, value, padding_mask, keep_weights=True):
     )  # (b, q, n, g, h), see below
     query = jnp.transpose(query, (0, 2, 3, 1, 4))  # (b, n, g, q, h)
     key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    num_chunks = MOST_CHUNKS if keep_weights else MOST_RECOMPUTED_CHUNKS
     chunk_length = SMALLEST_CHUNK * math.ceil(
-        length / (MOST_CHUNKS * SMALLEST_CHUNK)
+        length / (num_chunks * SMALLEST_CHUNK)
     )
     attended = []
     for start in range(0, length, chunk_length):
