@@ -8,10 +8,7 @@ prompt. They take turns, so that a change in the machine's speed meets all.
 """
 
 import argparse
-import contextlib
-import io
 import time
-from unittest import mock
 
 import jax
 import keras_hub
@@ -20,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import keras_bwetaf
+from benchmarks import original
 from keras_bwetaf.presets import PRESETS
 
 CARD = PRESETS["97m"]["config"]
@@ -50,27 +48,10 @@ def llama(inputs, sampler):
     return lambda: lm.generate(dict(inputs), stop_token_ids=None)
 
 
-def original(inputs, num_new):
-    with (
-        mock.patch("tiktoken.get_encoding"),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        from BwETAF.api.predictv2 import KV_caching
-        from BwETAF.model.model import ModelManager
-
-        model = ModelManager(
-            num_heads=CARD["num_query_heads"],
-            attention_dim=CARD["hidden_dim"],
-            vocab_size=CARD["vocabulary_size"],
-            num_blocks=CARD["num_layers"],
-            ff_dim=CARD["intermediate_dim"],
-            dropout_rate=CARD["dropout"],
-            max_len=CARD["max_sequence_length"],
-            gqa_repeats=2,
-            emb_init_range=CARD["embedding_initializer_range"],
-            dtype=jax.numpy.float32,
-        )
-        generate = KV_caching(model, top_p=0.92, temperature=0.8)
+def bwetaf(inputs, num_new):
+    generate = original.KV_caching(
+        original.model("float32"), top_p=0.92, temperature=0.8
+    )
     length = int(inputs["padding_mask"].sum())
     prompt = jax.numpy.array(inputs["token_ids"][0, :length])
     return lambda: list(generate(prompt, max_len=num_new))
@@ -112,7 +93,7 @@ def main():
         "keras_bwetaf, sampled": ours(inputs, 0.8),
         "KerasHub Llama, greedy": llama(inputs, "greedy"),
         "KerasHub Llama, sampled": llama(inputs, top_p),
-        "BwETAF 0.6, sampled": original(inputs, arguments.new),
+        "BwETAF 0.6, sampled": bwetaf(inputs, arguments.new),
         "floor: reading the weights": floor(count, arguments.new),
     }
     seconds = {name: [] for name in runs}

@@ -36,7 +36,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import io
 import itertools
 import math
 import re
@@ -67,6 +66,15 @@ DTYPE = "bfloat16"
 TOTAL_STEPS = 1000
 NUM_STOP_TOKENS = 8
 GIB = 2**30
+# Memory of a core, in GiB: from Google's data sheets.
+MEMORY = {
+    "TPU v2": 8,
+    "TPU v3": 16,
+    "TPU v4": 32,
+    "TPU v5 lite": 16,
+    "TPU v5": 95,
+    "TPU v6 lite": 32,
+}
 
 # From devices to a `keras.distribution.Distribution`.
 STRATEGIES = {
@@ -170,52 +178,12 @@ def decode(lm, strategy, batch_size, length):
 PROGRAMS = ("train", "prefill", "decode")
 
 
-def original(strategy, batch_size, length):
-    """A train step of BwETAF 0.6, whose package has none, with optax."""
-    import optax
+def bwetaf(strategy, batch_size, length):
+    """The same with BwETAF 0.6 and optax."""
+    from benchmarks import original  # Only this needs the package.
 
-    with (
-        mock.patch("tiktoken.get_encoding"),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        from BwETAF._utils import loss_fn
-        from BwETAF.independent import create_lr_schedule
-        from BwETAF.model.model import ModelManager
-
-        manager = ModelManager(
-            num_heads=CARD["num_query_heads"],
-            attention_dim=CARD["hidden_dim"],
-            vocab_size=CARD["vocabulary_size"],
-            num_blocks=CARD["num_layers"],
-            ff_dim=CARD["intermediate_dim"],
-            dropout_rate=CARD["dropout"],
-            max_len=CARD["max_sequence_length"],
-            gqa_repeats=2,
-            emb_init_range=CARD["embedding_initializer_range"],
-            dtype=jax.numpy.dtype(DTYPE),
-        )
-        schedule = create_lr_schedule(
-            peaklr=1.5e-3,
-            min_warmup_value=6e-4,
-            min_value=1.8e-4,
-            warmup_percent=0.02,
-            total_steps=TOTAL_STEPS,
-            training_decay="cosine",
-        )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(7.0),
-        optax.adamw(schedule, b1=0.95, b2=0.98, eps=1.5e-8, weight_decay=0.1),
-    )
-
-    def step(state, token_ids, key):
-        params, moments = state
-        batch = token_ids, jax.numpy.ones_like(token_ids), token_ids
-        loss, gradients = jax.value_and_grad(loss_fn)(
-            params, manager.model_struct, batch, key
-        )
-        updates, moments = optimizer.update(gradients, moments, params)
-        return loss, (optax.apply_updates(params, updates), moments)
-
+    manager = original.model(DTYPE)
+    optimizer = original.optimizer(TOTAL_STEPS)
     state = (
         manager.params,
         jax.eval_shape(optimizer.init, manager.params),
@@ -223,10 +191,12 @@ def original(strategy, batch_size, length):
     state, key = _placed((state, manager.key), strategy, by_row=False)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     rows = jax.ShapeDtypeStruct((batch_size, length), "int32")
-    return Program(
-        jax.jit(step, donate_argnums=0, out_shardings=(None, shardings)),
-        (state, _placed(rows, strategy, by_row=True), key),
+    step = jax.jit(
+        original.train_step(manager, optimizer),
+        donate_argnums=0,
+        out_shardings=(None, shardings),
     )
+    return Program(step, (state, _placed(rows, strategy, by_row=True), key))
 
 
 def _layouts(lm, strategy):
@@ -490,7 +460,7 @@ def program_makers(lm, arguments):
         for remat in arguments.remat
     }
     if arguments.original:
-        makers["train, BwETAF 0.6"] = original
+        makers["train, BwETAF 0.6"] = bwetaf
     makers["prefill"] = functools.partial(prefill, lm)
     makers["decode"] = functools.partial(decode, lm)
     return {
@@ -532,11 +502,11 @@ def report(topology, strategy_name, lm, arguments, console):
         platform="tpu", topology_name=topology
     ).devices
     strategy = STRATEGIES[strategy_name](devices=list(devices))
+    kind = devices[0].device_kind
     num_rows = arguments.batch * len(devices)
     table = Table(
-        title=f"97M, {DTYPE}, {topology} ({len(devices)} x "
-        f"{devices[0].device_kind}), {strategy_name}, "
-        f"{arguments.batch} x {arguments.length} a core"
+        title=f"97M, {DTYPE}, {topology} ({len(devices)} x {kind}), "
+        f"{strategy_name}, {arguments.batch} x {arguments.length} a core"
     )
     table.add_column("of one core")
     columns = {}
@@ -554,6 +524,9 @@ def report(topology, strategy_name, lm, arguments, console):
             columns[name] = rows_of(
                 name, figures, cache_shape(strategy, num_rows, arguments.length)
             )
+            if "train" in name and arguments.no_estimate:
+                for row in ("FLOPs", "bytes", "estimated seconds"):
+                    columns[name][row] = ""
             table.add_column(name, justify="right", overflow="fold")
             if arguments.largest_batch and "train" in name:
                 columns[name]["largest batch a core"] = str(
@@ -561,7 +534,11 @@ def report(topology, strategy_name, lm, arguments, console):
                         lambda batch, make=make_program: does_fit(
                             lambda: make(batch * len(devices))
                         ),
-                        guess=arguments.batch,
+                        guess=int(
+                            arguments.batch
+                            * (MEMORY[kind] * GIB - figures.arguments)
+                            / figures.temporaries
+                        ),
                     )
                 )
     for row in next(iter(columns.values())):
@@ -642,7 +619,7 @@ def main():
     parser.add_argument(
         "--no-estimate",
         action="store_true",
-        help="compile once: FLOPs and seconds of train steps are too small",
+        help="compile train steps once, and leave out FLOPs and seconds",
     )
     arguments = parser.parse_args()
 

@@ -17,23 +17,20 @@ process of its own, whose peak memory is measured.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import jax
 import keras_hub
 import numpy as np
-import optax
 from rich.console import Console
 from rich.table import Table
 
 import keras_bwetaf
+from benchmarks import original
 from keras_bwetaf.presets import PRESETS
 from keras_bwetaf.training import recipe
 
@@ -94,58 +91,17 @@ def bare_step(x, arguments):
     return run
 
 
-def original(x, arguments):
-    with (
-        mock.patch("tiktoken.get_encoding"),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        from BwETAF._utils import loss_fn
-        from BwETAF.independent import create_lr_schedule
-        from BwETAF.model.model import ModelManager
-
-        manager = ModelManager(
-            num_heads=CARD["num_query_heads"],
-            attention_dim=CARD["hidden_dim"],
-            vocab_size=CARD["vocabulary_size"],
-            num_blocks=CARD["num_layers"],
-            ff_dim=CARD["intermediate_dim"],
-            dropout_rate=0.0,
-            max_len=CARD["max_sequence_length"],
-            gqa_repeats=2,
-            emb_init_range=CARD["embedding_initializer_range"],
-            dtype=jax.numpy.float32,
-        )
-        schedule = create_lr_schedule(
-            peaklr=1.5e-3,
-            min_warmup_value=6e-4,
-            min_value=1.8e-4,
-            warmup_percent=0.02,
-            total_steps=TOTAL_STEPS,
-            training_decay="cosine",
-        )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(7.0),
-        optax.adamw(schedule, b1=0.95, b2=0.98, eps=1.5e-8, weight_decay=0.1),
-    )
-    struct, key = manager.model_struct, manager.key
-
-    def step(state, token_ids):
-        params, moments = state
-        batch = token_ids, jax.numpy.ones_like(token_ids), token_ids
-        loss, gradients = jax.value_and_grad(loss_fn)(
-            params, struct, batch, key
-        )
-        updates, moments = optimizer.update(gradients, moments, params)
-        return loss, (optax.apply_updates(params, updates), moments)
-
-    step = jax.jit(step, donate_argnums=0)
+def bwetaf(x, arguments):
+    manager = original.model("float32", dropout=0.0)
+    optimizer = original.optimizer(TOTAL_STEPS)
+    step = jax.jit(original.train_step(manager, optimizer), donate_argnums=0)
     state = manager.params, optimizer.init(manager.params)
-    manager.params = None
+    manager.params, key = None, manager.key
 
     def run():
         nonlocal state
         for batch in batches(x, arguments.batch):
-            loss, state = step(state, batch["token_ids"])
+            loss, state = step(state, batch["token_ids"], key)
         loss.block_until_ready()
 
     return run
@@ -187,7 +143,7 @@ def llama(x, arguments):
 RUNS = {
     OURS: fit,
     "keras_bwetaf, bare step": bare_step,
-    "BwETAF 0.6, jitted step with optax": original,
+    "BwETAF 0.6, jitted step with optax": bwetaf,
     "KerasHub Llama, fit": llama,
 }
 
