@@ -14,6 +14,7 @@ from keras_bwetaf.models import (
     train_tokenizer,
 )
 from keras_bwetaf.presets import from_preset, list_presets
+from keras_bwetaf.processes import initialize, is_first_process
 from keras_bwetaf.training import recipe
 from keras_bwetaf.training.run import train
 
@@ -28,6 +29,8 @@ __all__ = [
     "data",
     "distribution",
     "from_preset",
+    "initialize",
+    "is_first_process",
     "layers",
     "list_presets",
     "models",

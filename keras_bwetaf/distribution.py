@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_bwetaf.models.backbone import BwETAFBackbone
+from keras_bwetaf.processes import is_first_process
 
 BATCH, MODEL = "batch", "model"
 
@@ -145,16 +146,24 @@ class Sharding(keras.distribution.ModelParallel):
                 axes[i] = axis
             else:
                 path = re.sub(r"_\d+/", "_*/", variable.path)
-                self._undivided[path] = f"{size} over {num_devices} of {axis!r}"
+                note = f"{path}: {size} over {num_devices} of {axis!r}"
+                self._undivided[note] = None  # In order, and once.
         return keras.distribution.TensorLayout(axes, self.device_mesh)
 
     def get_data_layout(self, data_shape):
+        num_groups = self.num_model_replicas
+        if data_shape[0] * jax.process_count() % num_groups:
+            raise ValueError(
+                "The rows of a batch must divide over the devices, or groups "
+                f"of them, of which there are {num_groups}. Pass another "
+                "`batch_size`, or leave out the rest of a data set. Received: "
+                f"a batch of shape {tuple(data_shape)}"
+            )
         if self._undivided and not self._is_noted:
             self._is_noted = True
             warnings.warn(
                 "Some dimensions do not divide over the devices, and are "
-                "whole on each: "
-                + "; ".join(f"{k}: {v}" for k, v in self._undivided.items()),
+                "whole on each: " + "; ".join(self._undivided),
                 stacklevel=2,
             )
         return super().get_data_layout(data_shape)
@@ -200,7 +209,7 @@ def describe(model):
     table.add_section()
     everything = [each for variables in rows.values() for each in variables]
     table.add_row("all", "", "", f"{_num_bytes(everything):,}")
-    if jax.process_index() == 0:
+    if is_first_process():
         Console().print(table)
 
 

@@ -33,6 +33,7 @@ from keras_bwetaf.data.index import (
 )
 from keras_bwetaf.data.sources import read_documents
 from keras_bwetaf.models import BwETAFTokenizer
+from keras_bwetaf.processes import in_first_process, is_first_process
 
 BATCH_CHARACTERS = 2**18
 LOCK = ".lock"
@@ -107,6 +108,9 @@ def pack(
     Which documents are held out for validation is a function of each
     document's letters and digits, so that copies never are on both sides.
 
+    Of several processes that train together, all must call this. The first
+    one packs, and the others wait for it; all must see the folder.
+
     Args:
         source: What `read_documents` takes.
         folder: path. Where to write; it is created.
@@ -146,29 +150,39 @@ def pack(
     ```
     """
     start = time.perf_counter()
+    folder = Path(folder)
     num_workers = os.cpu_count() if num_workers is None else num_workers
     _check_arguments(tokenizer, num_workers, shard_size, validation_fraction)
-    documents = read_documents(source, split, column, errors=errors)
-    fresh = _new_index(documents, tokenizer, shard_size, validation_fraction)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
-        if overwrite:
-            _clear(folder)
-        index = _resume(folder, fresh)
-        resumed_at = _total(index, "bytes")
-        if not index["complete"]:
-            arguments = {
-                "specification": tokenizer._encoder(()).to_str(),
-                "end_token_id": index["end_token_id"],
-                "dtype": index["dtype"],
-                "validation_fraction": validation_fraction,
-            }
-            _write_shards(
-                folder, index, documents, num_workers, arguments, progress
-            )
-    report = _report(index, resumed_at, time.perf_counter() - start)
-    if progress:
+
+    def write():
+        documents = read_documents(source, split, column, errors=errors)
+        fresh = _new_index(
+            documents, tokenizer, shard_size, validation_fraction
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder):
+            if overwrite:
+                _clear(folder)
+            index = _resume(folder, fresh)
+            resumed_at = _total(index, "bytes")
+            if not index["complete"]:
+                arguments = {
+                    "specification": tokenizer._encoder(()).to_str(),
+                    "end_token_id": index["end_token_id"],
+                    "dtype": index["dtype"],
+                    "validation_fraction": validation_fraction,
+                }
+                _write_shards(
+                    folder, index, documents, num_workers, arguments, progress
+                )
+        return index, resumed_at
+
+    packed = in_first_process(write)
+    if packed is None:  # Another process did it.
+        index = read_index(folder)
+        packed = index, _total(index, "bytes")
+    report = _report(*packed, time.perf_counter() - start)
+    if progress and is_first_process():
         Console().print(str(report), highlight=False, soft_wrap=True)
     return report
 

@@ -23,11 +23,13 @@ from keras_bwetaf.generation.sampling import (
     from_keras_hub,
 )
 from keras_bwetaf.generation.streaming import TextStream
+from keras_bwetaf.layers.sharding import num_row_groups
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
 )
 from keras_bwetaf.models.lora import merged_for_saving
+from keras_bwetaf.processes import gathered, in_first_process
 from keras_bwetaf.training import train_step
 from keras_bwetaf.training.checkpoints import TrainingCheckpoint, track
 from keras_bwetaf.training.metrics import TokenMetrics
@@ -185,14 +187,18 @@ class BwETAFCausalLM(CausalLM):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return super().preprocess_samples(x, y, sample_weight)
 
-    def fit(self, x=None, *args, callbacks=None, **kwargs):
+    def fit(self, x=None, y=None, *args, callbacks=None, **kwargs):
         """Trains the model. See `keras.Model.fit`.
+
+        On several devices, the last batch of strings or arrays is filled up
+        with padding, which weighs nothing. Batches of a data set must divide.
 
         Args:
             x: Strings; a dict of `token_ids` and `padding_mask`; or a data
                 set of batches of them, such as `keras_bwetaf.data.load_packed`
                 returns. Batches of a `grain.IterDataset` can be read again
                 by the number of their step, from `train_batches`.
+            y: int array, or `None`. The tokens to predict.
             callbacks: list. With a `keras_bwetaf.training.TrainingCheckpoint`
                 among them, training goes on from the latest checkpoint.
             *args, **kwargs: See `keras.Model.fit`.
@@ -204,11 +210,17 @@ class BwETAFCausalLM(CausalLM):
             # Or Keras traces the model anew at each validation, for which it
             # reads one more batch than there may be.
             self.preprocessor.build(None)
+        if self.fuses_head_and_loss:
+            weights = kwargs.pop("sample_weight", None)
+            x, y, kwargs["sample_weight"] = _fill_up(x, y, weights)
+            validation = kwargs.get("validation_data")
+            if isinstance(validation, tuple):
+                kwargs["validation_data"] = _fill_up(*validation)
         self.train_batches = track(x)
         if self.train_batches is not None:
             x = self.train_batches
             kwargs.setdefault("shuffle", False)  # Or Keras warns.
-        fit = functools.partial(super().fit, x, *args)
+        fit = functools.partial(super().fit, x, y, *args)
         for callback in keras.tree.flatten(callbacks):
             if isinstance(callback, TrainingCheckpoint):
                 return callback.run(
@@ -219,6 +231,20 @@ class BwETAFCausalLM(CausalLM):
                     **kwargs,
                 )
         return fit(callbacks=callbacks, **kwargs)
+
+    def evaluate(
+        self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs
+    ):
+        """Means over tokens. See `keras.Model.evaluate`, and `fit`."""
+        if self.fuses_head_and_loss:
+            x, y, sample_weight = _fill_up(x, y, sample_weight)
+        return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
+
+    def predict(self, x=None, batch_size=None, **kwargs):
+        """Logits. See `keras.Model.predict`, and `fit`."""
+        num_rows = _num_rows(x)
+        (x,) = _fill_up(x)
+        return super().predict(x, batch_size, **kwargs)[:num_rows]
 
     def make_train_function(self, force=False):
         # Keras itself finds out in the middle of `fit`, and loses all weights.
@@ -266,7 +292,8 @@ class BwETAFCausalLM(CausalLM):
         """Saves the model to a folder that `from_preset` loads.
 
         LoRA's products are saved in the weights that they belong to. The
-        model itself stays as it is.
+        model itself stays as it is. With several processes, all must call
+        this; the first one writes.
 
         Args:
             preset_dir: str or path.
@@ -278,16 +305,27 @@ class BwETAFCausalLM(CausalLM):
             ValueError: If `include_optimizer` and the optimizer has another
                 state than Adam's.
         """
+        variables = list(self.variables)
+        if include_optimizer and self.compiled:
+            variables += self.optimizer.variables
+        with merged_for_saving(self.backbone), gathered(variables):
+            in_first_process(
+                self._write_preset,
+                Path(preset_dir),
+                max_shard_size,
+                include_optimizer,
+            )
+
+    def _write_preset(self, folder, max_shard_size, include_optimizer):
         from keras_bwetaf.export import as_checkpoint
 
         checkpoint = None
         if include_optimizer:
             checkpoint = as_checkpoint(self, include_optimizer=True)
-        with merged_for_saving(self.backbone):
-            super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
-        _remove_older_files(Path(preset_dir), include_optimizer)
+        super().save_to_preset(folder, max_shard_size=max_shard_size)
+        _remove_older_files(folder, include_optimizer)
         if checkpoint:
-            keras_folder.write_optimizer(Path(preset_dir), checkpoint)
+            keras_folder.write_optimizer(folder, checkpoint)
 
     def export_to_transformers(self, path, overwrite=False):
         """Writes a folder that `transformers` loads, and what builds on it.
@@ -295,7 +333,8 @@ class BwETAFCausalLM(CausalLM):
         `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`
         then computes the same logits in PyTorch, which is not needed to write
         the folder. It is what `converters.convert(..., to="torch")` writes,
-        with the model and its tokenizer only.
+        with the model and its tokenizer only. With several processes, all
+        must call this; the first one writes.
 
         Args:
             path: str or path. The folder.
@@ -306,9 +345,14 @@ class BwETAFCausalLM(CausalLM):
         """
         from keras_bwetaf.export import as_checkpoint
 
-        converters.write_checkpoint(
-            as_checkpoint(self), path, to="torch", overwrite=overwrite
-        )
+        with gathered(self.variables):
+            in_first_process(
+                converters.write_checkpoint,
+                as_checkpoint(self),
+                path,
+                to="torch",
+                overwrite=overwrite,
+            )
 
     def load_optimizer(self, source):
         """Goes on with the optimizer's state of a checkpoint.
@@ -721,6 +765,38 @@ class BwETAFCausalLM(CausalLM):
         sampler = BwETAFSampler(**{**config, **sampling})
         seed = sampler.seed if seed is None else seed
         return SamplingSettings.of(sampler, _seeds(seed, num_rows))
+
+
+def _num_rows(x):
+    """How many, `None` for a data set, whose batches stay as they are."""
+    leaf = next(iter(x.values())) if isinstance(x, dict) else x
+    is_array = isinstance(leaf, (list, tuple)) or hasattr(leaf, "__array__")
+    return len(leaf) if is_array else None
+
+
+def _fill_up(x, *labels):
+    """Adds rows that weigh nothing, until they divide over the devices.
+
+    Args:
+        x: Strings, arrays, or a data set.
+        *labels: arrays, or `None`.
+
+    Returns:
+        tuple of them.
+    """
+    missing = -(_num_rows(x) or 0) % num_row_groups()
+
+    def fill(x):
+        if isinstance(x, dict):
+            return {name: fill(each) for name, each in x.items()}
+        if x is None or not missing:
+            return x
+        x = np.asarray(x)
+        if x.dtype.kind in "OUS":
+            return [*x.tolist(), *[type(x[0])()] * missing]
+        return np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+
+    return tuple(fill(each) for each in (x, *labels))
 
 
 def _is_auto(value):

@@ -14,6 +14,7 @@ from keras_hub.models import Backbone
 from safetensors.numpy import save
 
 from converters.files import new_file
+from keras_bwetaf.processes import gathered, in_first_process
 
 SUFFIX = ".safetensors"
 METADATA = "lora_config"
@@ -134,7 +135,8 @@ class LoraBackbone(Backbone):
         """Saves the factors, and nothing else, to a file.
 
         The file appears when it is complete. It belongs to the base model,
-        of whose weights it has a digest.
+        of whose weights it has a digest. With several processes, all must
+        call this; the first one writes.
 
         Args:
             filepath: str or path, that ends in `.safetensors`.
@@ -143,7 +145,10 @@ class LoraBackbone(Backbone):
             ValueError: If the name ends otherwise, LoRA is not on, or other
                 weights are trained, too, and would be lost.
         """
-        filepath = _checked_path(filepath)
+        with gathered(self.variables):
+            in_first_process(self._write_lora_weights, _checked_path(filepath))
+
+    def _write_lora_weights(self, filepath):
         layers = self._enabled_lora_layers()
         factors = _factors(self)
         other = [
@@ -164,7 +169,10 @@ class LoraBackbone(Backbone):
             "base_sha256": _base_digest(self),
         }
         content = save(
-            {path: factor.numpy() for path, factor in factors.items()},
+            {
+                path: ops.convert_to_numpy(factor.value)
+                for path, factor in factors.items()
+            },
             metadata={METADATA: json.dumps(config)},
         )
         with new_file(filepath) as file:

@@ -88,6 +88,7 @@ class TrackedBatches(grain.IterDataset):
             "next_batch": number,
             "last_state": self._states[last],
             "last_digest": self._digests[last],
+            "num_processes": jax.process_count(),
         }
 
     def go_to(self, position):
@@ -108,9 +109,12 @@ class TrackedBatches(grain.IterDataset):
                 "The data set can't go on at a position of another data set. "
                 f"{ADVICE}. Received: position={position}"
             ) from error
-        # Processes read different parts of a batch. The first one's digest
-        # was saved.
-        if jax.process_index() == 0 and found != position["last_digest"]:
+        # The digest is that of the first process's part of the batch.
+        is_comparable = (
+            jax.process_index() == 0
+            and jax.process_count() == position.get("num_processes", 1)
+        )
+        if is_comparable and found != position["last_digest"]:
             raise ValueError(
                 f"The data set has another batch {number - 1} than the one "
                 f"that was trained on. {ADVICE}. Received: a batch "

@@ -13,6 +13,7 @@ import re
 import jax
 import jax.numpy as jnp
 
+from keras_bwetaf import processes
 from keras_bwetaf.data.optional import import_optional
 
 WEIGHTS = "weights"
@@ -59,6 +60,8 @@ class CheckpointStore:
             preservation_policy=self,
         )
         self._manager = self._ocp.CheckpointManager(folder, options=options)
+        # It would ask JAX anew, and fail in a training that goes on.
+        self._manager.reached_preemption = lambda step: False
         for step in self.steps:
             try:
                 self._rate(self._read_run(step))
@@ -68,8 +71,9 @@ class CheckpointStore:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
-        self._manager.close()
+    def __exit__(self, kind, error, traceback):
+        if not processes.is_of_lost_process(error):  # Orbax waits for all.
+            self._manager.close()
 
     @property
     def steps(self):
@@ -291,7 +295,11 @@ def _examine(arrays):
         Tuple of a tree of checksums, int, and a bool, whether all numbers
         are finite.
     """
-    examined = jax.device_get(jax.tree.map(_examine_array, arrays))
+    # One after the other: on several CPU devices, programs that are run at
+    # the same time may wait for each other forever.
+    examined = jax.tree.map(
+        lambda array: jax.device_get(_examine_array(array)), arrays
+    )
     checksums = jax.tree.map(lambda pair: int(pair[0]), examined)
     are_finite = all(pair[1] for pair in jax.tree.leaves(examined))
     return checksums, are_finite

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+from keras_bwetaf import processes
 from keras_bwetaf.training.checkpoint_store import (
     CheckpointStore,
     DamagedCheckpointError,
@@ -43,6 +45,12 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     the running step is finished and saved, and the process exits with status
     143. During a validation, that happens after it. Python lets only the main
     thread do this: in another one, `fit` does not answer the signal.
+
+    Several processes, which share the folder, save together: each what it
+    has, and the first one the rest. A signal to one of them is to all: a few
+    steps later, they save the same step and exit. Any other number of
+    processes can go on; only with the same one is the result the same, bit for
+    bit, and the batch before compared.
 
     Args:
         folder: str or path. Of this training alone.
@@ -209,6 +217,10 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     def _count_step(self):
         self._step += 1
         self._step_in_epoch += 1
+        if processes.are_several() and reached_preemption_sync_point(
+            self._step
+        ):
+            self._is_terminated = True
 
     def _save(self, logs=None):
         is_saved = self._store.save(
@@ -293,7 +305,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             if self._restored:
                 self._take_over(self._restored)
                 store.delete_after(self._step)  # What is damaged.
-                if verbose:
+                if verbose and processes.is_first_process():
                     print(
                         f"{self.folder}: going on after step {self._step}, "
                         f"with {self._epoch} of {epochs} epochs complete."
@@ -400,8 +412,12 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def _catch_sigterm(self):
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python lets the main thread only set handlers.
+        self._previous_handler = None
+        is_main = threading.current_thread() is threading.main_thread()
+        # Python lets the main thread only set handlers. With several
+        # processes, JAX has set one.
+        if not is_main or processes.are_several():
+            yield
             return
 
         def handle(signum, frame):

@@ -6,7 +6,6 @@ import math
 import time
 from pathlib import Path
 
-import jax
 import keras
 import numpy as np
 import rich.console
@@ -14,6 +13,7 @@ import rich.live
 import rich.table
 
 from converters.files import new_file
+from keras_bwetaf import processes
 from keras_bwetaf.data.optional import import_optional
 from keras_bwetaf.training.hardware import flops_per_token, peak_flops
 from keras_bwetaf.training.plots import plot_losses
@@ -113,7 +113,7 @@ class Monitor(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         model = self._model
         self._restart()
-        self._is_first_process = jax.process_index() == 0
+        self._is_first_process = processes.is_first_process()
         weight = model.trainable_variables[0].value
         device = next(iter(weight.sharding.device_set))
         dtype = model.backbone.transformer_layers[0].compute_dtype

@@ -17,6 +17,7 @@ from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
 )
 from keras_bwetaf.models.tokenizer import BwETAFTokenizer, train_tokenizer
+from keras_bwetaf.processes import in_first_process
 from keras_bwetaf.training.checkpoints import TrainingCheckpoint
 from keras_bwetaf.training.monitor import Monitor
 from keras_bwetaf.training.recipe import recipe
@@ -36,7 +37,7 @@ def train(folder, **settings):
     (`packed`), checkpoints (`checkpoints`), statistics (`stats.json`), a plot
     of the losses (`losses.png`) and at the end the model (`model`). The same
     call again, or one without settings, goes on where the last one stopped,
-    exactly.
+    exactly. Of several processes, all must call it (see `initialize`).
 
     Args:
         folder: path. Of the run; it is created.
@@ -76,7 +77,7 @@ def train(folder, **settings):
         remat=settings.remat,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
     )
-    _keep(folder, settings)
+    in_first_process(_keep, folder, settings)
     lm.fit(
         load_packed(data, **options),
         steps_per_epoch=settings.steps // epochs,
@@ -190,14 +191,18 @@ def _tokenizer(folder, settings):
                 f"vocabulary_size={settings.vocabulary_size}, "
                 f"data={settings.data!r}"
             )
-        texts = read_documents(settings.data, column=settings.text_column)
-        tokenizer = train_tokenizer(
-            texts, settings.vocabulary_size, show_progress=True
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as file:
-            file.write(tokenizer.content)
+        in_first_process(_train_tokenizer, path, settings)
     return BwETAFTokenizer(str(path))
+
+
+def _train_tokenizer(path, settings):
+    texts = read_documents(settings.data, column=settings.text_column)
+    tokenizer = train_tokenizer(
+        texts, settings.vocabulary_size, show_progress=True
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as file:
+        file.write(tokenizer.content)
 
 
 def _packed(folder, settings, tokenizer):

@@ -15,6 +15,7 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 
+from keras_bwetaf import processes
 from keras_bwetaf.training import Monitor, WarmupDecay, hardware, monitor
 from keras_bwetaf.training.hardware import flops_per_token, peak_flops
 from keras_bwetaf.training.statistics import read_statistics, smooth
@@ -358,7 +359,7 @@ def test_table(lm, capsys, monkeypatch):
 
 
 def test_other_processes_are_silent(lm, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes, "is_first_process", lambda: False)
     watching = Monitor(tmp_path / "run", every=1)
     fit(lm, rows(2), callbacks=[watching])
     assert len(watching.statistics) == 2
@@ -495,7 +496,7 @@ def test_a_batch_that_is_not_saved(lm, broken, tmp_path):
 
 
 def test_other_processes_stop(lm, broken, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes, "is_first_process", lambda: False)
     with pytest.raises(FloatingPointError, match="by the first process"):
         fit(lm, **broken, callbacks=[Monitor(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
