@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from keras_bwetaf.data.index import (
 from keras_bwetaf.data.optional import import_optional
 from keras_bwetaf.data.worker import TRAIN
 
+GOLDEN = (math.sqrt(5) - 1) / 2
 # In place of the tokens of an empty row.
 EMPTY = -1
 
@@ -70,12 +72,27 @@ class _Rows:
     def __len__(self):
         return self._length
 
-    def __repr__(self):
-        return f"_Rows({self._length})"
+    def cut(self, index, _=None):
+        """Row `index`, the same in each pass.
 
-    def __getitem__(self, row):
-        """Returns tokens, int32 `(sequence_length,)`."""
-        position = row * self._sequence_length
+        Returns:
+            int32 array `(sequence_length,)`.
+        """
+        return self._from(index % self._length * self._sequence_length)
+
+    def cut_anew(self, index, _=None):
+        """Row `index`, counted over all passes, in each cut elsewhere.
+
+        The first pass begins with the first token. Where others begin is
+        spread evenly over a row, by the golden ratio. The last token is
+        followed by the first.
+        """
+        number, row = divmod(index, self._length)
+        shift = int(number * GOLDEN % 1 * self._sequence_length)
+        return self._from(row * self._sequence_length + shift)
+
+    def _from(self, position):
+        position %= int(self._stops[-1])
         number = int(np.searchsorted(self._stops, position, side="right"))
         position -= int(self._stops[number]) - len(self._arrays[number])
         parts, missing = [], self._sequence_length
@@ -83,7 +100,7 @@ class _Rows:
             part = self._arrays[number][position : position + missing]
             parts.append(part)
             missing -= len(part)
-            number, position = number + 1, 0
+            number, position = (number + 1) % len(self._arrays), 0
         return np.concatenate(parts, dtype="int32", casting="unsafe")
 
 
@@ -107,7 +124,9 @@ def load_packed(
     Rows of `sequence_length` tokens are cut from the stream of tokens, one
     after the other; a row holds the documents, or parts of them, that lie
     there. Which row is at which place of which batch is a function of the
-    arguments alone. In each pass over the data, rows are in another order.
+    arguments alone. With `shuffle`, rows are in another order in each pass
+    over the data, and cut in other places: otherwise, a model that reads the
+    data several times learns the very rows by heart.
 
     With several processes, each gets its part of each batch: the batches of
     the processes 0, 1, ..., one on top of the other, are the batch that a
@@ -127,7 +146,8 @@ def load_packed(
         split: str. `"train"`, or `"validation"` for what `pack` held out.
             A `.npy` file has no splits. Defaults to `"train"`.
         seed: int. Of the order of rows. Defaults to `0`.
-        shuffle: bool. Whether rows are in random order. Defaults to `True`.
+        shuffle: bool. Whether rows are in random order, and in each pass cut
+            anew. Defaults to `True`.
         repeat: bool. Whether the data set begins again at its end, without
             end, for `fit` with `steps_per_epoch`. Without it, a mixture ends
             with the first of its parts, and the last batch is filled up with
@@ -180,10 +200,11 @@ def load_packed(
         for path in dict.fromkeys(path for parts, _ in stages for path in parts)
     }
     end_token_id = _common_end_token_id(opened.values())
-    sources = {
-        path: grain.MapDataset.source(_Rows(tokens, sequence_length))
-        for path, tokens in opened.items()
-    }
+    sources = {}
+    for path, tokens in opened.items():
+        rows = _Rows(tokens, sequence_length)
+        cut = rows.cut_anew if shuffle else rows.cut
+        sources[path] = grain.MapDataset.range(len(rows)).map_with_index(cut)
     if repeat is None:
         repeat = split == TRAIN
     rows = [

@@ -40,8 +40,8 @@ def folder(documents, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rows(folder):
-    """The rows of the training split, in the order of the documents."""
+def stream(folder):
+    """The tokens of the training split, in the order of the documents."""
     index = read_index(folder)
     stream = np.concatenate(
         [
@@ -50,6 +50,11 @@ def rows(folder):
         ]
     )
     assert len(stream) % LENGTH and len(index["shards"]) > 3
+    return stream
+
+
+@pytest.fixture(scope="module")
+def rows(stream):
     return stream[: len(stream) // LENGTH * LENGTH].reshape(-1, LENGTH)
 
 
@@ -104,13 +109,25 @@ def test_the_order_is_a_function_of_the_seed(folder):
     assert (take(load_packed(folder, seed=6), 30) != first).any()
 
 
-def test_each_pass_has_another_order(folder, rows):
+def test_each_pass_has_other_rows_in_another_order(folder, stream, rows):
+    """The rows of a pass follow each other in the stream, all around it."""
     count = -(-3 * len(rows) // BATCH)
     passes = np.split(take(load_packed(folder), count)[: 3 * len(rows)], 3)
-    for received in passes:
-        assert as_set(received) == as_set(rows)
+    assert as_set(passes[0]) == as_set(rows)
+    shifts = [0, int(0.618034 * LENGTH), int(0.236068 * LENGTH)]
+    for received, shift in zip(passes, shifts, strict=True):
+        moved = np.roll(stream, -shift)[: rows.size].reshape(rows.shape)
+        assert as_set(received) == as_set(moved)
     for first, second in itertools.combinations(passes, 2):
         assert (first != second).any(axis=1).mean() > 0.9
+
+
+def test_rows_in_order_are_the_same_in_each_pass(folder, rows):
+    count = -(-2 * len(rows) // BATCH)
+    data = load_packed(folder, shuffle=False)
+    first, second = np.split(take(data, count)[: 2 * len(rows)], 2)
+    np.testing.assert_array_equal(first, rows)
+    np.testing.assert_array_equal(second, rows)
 
 
 def test_batches_of_one_row(folder):
