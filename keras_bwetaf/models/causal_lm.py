@@ -71,6 +71,7 @@ class BwETAFCausalLM(CausalLM):
 
     backbone_cls = BwETAFBackbone
     preprocessor_cls = BwETAFCausalLMPreprocessor
+    fuses_head_and_loss = False  # `compile` decides.
     # Of the last `fit`: `TrackedBatches`, if its data was a Grain data set.
     train_batches = None
 

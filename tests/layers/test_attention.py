@@ -290,7 +290,8 @@ def model_parallel(shape):
     [
         ((2, 1), 1, 4),
         ((2, 2), 1, 2),
-        ((1, 4), 2, 4),  # There are two key/value heads.
+        ((1, 4), 2, 1),  # Each gets a key/value head; there are two.
+        ((1, 3), 2, 4),  # There are four heads.
         ((4, 1), 2, 4),  # There are two rows.
     ],
 )
