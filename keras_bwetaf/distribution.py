@@ -22,7 +22,6 @@ import warnings
 
 import jax
 import keras
-import numpy as np
 from jax.experimental import mesh_utils
 from rich import box
 from rich.console import Console
@@ -45,7 +44,7 @@ def data_parallel(devices=None):
     Returns:
         `Sharding`, for `keras.distribution.set_distribution`.
     """
-    return Sharding(_mesh((BATCH,), (-1,), devices))
+    return Sharding(_mesh(devices))
 
 
 def fully_sharded(devices=None):
@@ -61,9 +60,7 @@ def fully_sharded(devices=None):
     Returns:
         `Sharding`, for `keras.distribution.set_distribution`.
     """
-    return Sharding(
-        _mesh((BATCH,), (-1,), devices), data_parallel_dim_name=BATCH
-    )
+    return Sharding(_mesh(devices), data_parallel_dim_name=BATCH)
 
 
 def model_parallel(model, fully_sharded=False, devices=None):
@@ -73,9 +70,9 @@ def model_parallel(model, fully_sharded=False, devices=None):
     a group. So are attention's heads, if `2 * model` divides the number of
     key/value heads: RoPE's pairs and the groups of heads then stay on one
     device each. Every device has the kernels around attention whole, as no
-    contiguous part of them has the heads that a device needs. If only
-    `model` divides the number, every device of a group computes all queries,
-    keys and values, and its own heads from there on.
+    contiguous part of them has the heads that a device needs. Otherwise, every
+    device of a group computes all queries, keys and values; and from there on
+    its own query heads, if `model` divides their number.
 
     Args:
         model: int. Devices in a group.
@@ -96,7 +93,7 @@ def model_parallel(model, fully_sharded=False, devices=None):
             f"devices. Received: model={model!r}, {num_devices} devices"
         )
     return Sharding(
-        _mesh((BATCH, MODEL), (-1, model), devices),
+        _mesh(devices, model),
         model_parallel_dim_name=MODEL,
         data_parallel_dim_name=BATCH if fully_sharded else None,
     )
@@ -237,12 +234,12 @@ def _num_bytes(variables):
     )
 
 
-def _mesh(names, sizes, devices):
+def _mesh(devices, model=None):
+    """Of all devices in a row, or in groups of `model`."""
     devices = list(devices or jax.devices())
-    known = math.prod(size for size in sizes if size > 0)
-    sizes = [len(devices) // known if size < 0 else size for size in sizes]
+    shape, names = (len(devices),), [BATCH]
+    if model is not None:
+        shape, names = (len(devices) // model, model), [BATCH, MODEL]
     # Neighbours on the mesh are neighbours in the machine.
-    devices = mesh_utils.create_device_mesh(sizes, devices)
-    return keras.distribution.DeviceMesh(
-        tuple(sizes), list(names), np.asarray(devices)
-    )
+    devices = mesh_utils.create_device_mesh(shape, devices)
+    return keras.distribution.DeviceMesh(shape, names, devices)

@@ -28,6 +28,7 @@ from keras_bwetaf.distribution import (
 from keras_bwetaf.export import as_checkpoint
 from keras_bwetaf.layers import attention_kernel
 from keras_bwetaf.training import TrainingCheckpoint
+from tests.models.test_lora import ALL as ALL_LAYERS
 from tests.parity import document_numbers, relative_l2
 from tests.training import resumable
 
@@ -439,16 +440,6 @@ LAYOUTS = {
         "seed_generator_state": "- - -",
     },
 }
-ALL_LAYERS = [
-    "query",
-    "key",
-    "value",
-    "attention_output",
-    "gate",
-    "intermediate",
-    "output",
-    "token_embedding",
-]
 
 
 def backbones():
