@@ -3,7 +3,7 @@
     pip install libtpu  # the release that belongs to the installed jax
     python -m benchmarks.tpu_compile [--topology v3:2x2 v6e:2x4 ...]
         [--batch 4] [--length 2048] [--strategy data_parallel ...]
-        [--remat none attention] [--kernel plain] [--largest-batch]
+        [--remat none block:2,attention:10] [--kernel plain] [--largest-batch]
         [--programs train prefill decode] [--original]
 
 The 97M model in bfloat16 with the card's recipe: the train step of `fit`, and
@@ -106,10 +106,19 @@ def our_model():
     return lm
 
 
+def remats_of_blocks(remat):
+    """From `"none"` or, say, `"block:2,attention:10"` to a list."""
+    if ":" not in remat:
+        return [remat] * CARD["num_layers"]
+    parts = (part.split(":") for part in remat.split(","))
+    return [value for value, count in parts for _ in range(int(count))]
+
+
 def train(lm, remat, strategy, batch_size, length):
     """The step of `fit`, placed as Keras's trainer places it."""
-    for block in lm.backbone.transformer_layers:
-        block.remat = remat
+    each = remats_of_blocks(remat)
+    for block, value in zip(lm.backbone.transformer_layers, each, strict=True):
+        block.remat = value
     layouts = _layouts(lm, strategy)
     state = tuple(
         [_struct(v, layouts[v.path]) for v in variables]
@@ -408,10 +417,11 @@ class Figures:
 
         Returns:
             Tuple of copies within the main memory, and of moves between it
-            and the core's own, in which the compiler works on what fits.
+            and those on the chip, in which the compiler works on what fits.
         """
         copies = [
-            "S(1)" in instruction.line  # The core's own memory.
+            # The core's own memory, and the one that v4's cores share.
+            re.search(r"S\([13]\)", instruction.line) is not None
             for instruction in self.instructions
             if instruction.opcode in ("copy", "copy-start")
             and any(dims == shape for _, dims in instruction.shapes)
@@ -496,11 +506,20 @@ def rows_of(name, figures, cache_shape):
     }
 
 
+def tpu_devices(topology):
+    """The devices of a topology, such as `"v3:2x2"`."""
+    options = {}
+    if topology.startswith("v4"):
+        # Both cores of a chip are one device, as JAX uses them.
+        options["chip_config_name"] = "megacore"
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=topology, **options
+    ).devices
+
+
 def report(topology, strategy_name, lm, arguments, console):
     """Prints a table, and returns the lines of it that `summary` needs."""
-    devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology
-    ).devices
+    devices = tpu_devices(topology)
     strategy = STRATEGIES[strategy_name](devices=list(devices))
     kind = devices[0].device_kind
     num_rows = arguments.batch * len(devices)
@@ -605,7 +624,13 @@ def main():
         choices=STRATEGIES,
         default=["data_parallel"],
     )
-    parser.add_argument("--remat", nargs="+", choices=REMAT, default=["none"])
+    parser.add_argument(
+        "--remat",
+        nargs="+",
+        default=["none"],
+        help=f"{', '.join(REMAT)}; or of how many blocks each, such as "
+        "block:2,attention:10",
+    )
     parser.add_argument(
         "--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS
     )

@@ -31,6 +31,7 @@ from keras_bwetaf.training import TrainingCheckpoint
 from tests.models.test_lora import ALL as ALL_LAYERS
 from tests.parity import document_numbers, relative_l2
 from tests.training import resumable
+from tests.training.test_fit import compiled_step
 
 STRATEGIES = {
     "one device": None,
@@ -576,15 +577,31 @@ def test_heads_do_not_cross_devices():
     }
 
 
+def test_only_weights_cross_devices_if_fully_sharded():
+    """A step puts weights together; a device's rows stay its own."""
+    with scope("fully sharded 8"):
+        lm = make_lm(SMALL)
+        x = batch(SMALL["vocabulary_size"])
+        layout = keras.distribution.distribution().get_data_layout((8, LENGTH))
+        x = jax.device_put(x, layout.backend_layout)
+        text = compiled_step(lm, x).as_text()
+    weights = {",".join(map(str, v.shape)) for v in lm.trainable_variables}
+    gathered = re.findall(r"= f32\[(\S+)\]\S* all-gather(?:-start)?\(", text)
+    assert gathered and set(gathered) <= weights
+    assert "all-to-all" not in text
+    assert "collective-permute" not in text
+
+
 # === Kernels ===
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
 @pytest.mark.parametrize("name", ["data 8", "model 2"])
-def test_splash_attention(name, expected):
+def test_kernels(name, kernel, expected):
     x = batch(CARD["vocabulary_size"])
     is_real = x["padding_mask"] > 0
-    with scope(name), attention_kernel("splash"):
+    with scope(name), attention_kernel(kernel):
         lm = make_lm()
         logits = lm.predict(x, batch_size=8, verbose=0)
         changed = lm.predict(other_first_document(x), batch_size=8, verbose=0)

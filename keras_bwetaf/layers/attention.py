@@ -3,11 +3,12 @@
 | kernel | where | why |
 |---|---|---|
 | `"splash"` | TPU v4 and later | JAX's Pallas kernel: no array of scores |
+| `"cudnn"` | NVIDIA GPUs from Ampere on, 16 bits | no scores for each head |
 | `"plain"` | everywhere else | XLA; no query reads a chunk of later keys |
 
 TPU v2 and v3 have the plain one because Pallas's compiler has no bfloat16
-products for them. GPUs have it because cuDNN takes documents only as an array
-of biases, `(batch, length, length)`, and nothing was measured on one yet.
+products for them. cuDNN's is what Keras's own attention takes on such GPUs; it
+reads documents as an array of biases, `(batch, 1, length, length)`.
 """
 
 import contextlib
@@ -27,13 +28,17 @@ from keras_bwetaf.layers.sharding import (
     split_heads,
 )
 
-KERNELS = ("plain", "splash")
+KERNELS = ("plain", "splash", "cudnn")
 SMALLEST_CHUNK = 128
 MOST_CHUNKS = 8
 # More of them, computed again, XLA would hold in memory together.
 MOST_RECOMPUTED_CHUNKS = 4
 SPLASH_BLOCKS = (512, 256, 128)
 SPLASH_DTYPES = ("bfloat16", "float32")
+CUDNN_DTYPES = ("bfloat16", "float16")
+# The first with the tensor cores that cuDNN's kernel is made for: Ampere.
+CUDNN_COMPUTE_CAPABILITY = 8.0
+CUDNN_LARGEST_HEAD = 128
 
 _override = contextvars.ContextVar("attention_kernel", default=None)
 
@@ -50,23 +55,25 @@ def document_attention(query, key, value, padding_mask, keep_weights=True):
         padding_mask: int array `(batch, length)`, document numbers as in
             `document_mask`.
         keep_weights: bool. Whether to keep a weight for each pair of tokens
-            for the gradient, or to compute it a second time. Splash attention
-            never keeps them.
+            for the gradient, or to compute it a second time. Only the plain
+            kernel can keep them.
 
     Returns:
         float array of the shape and dtype of `query`. Where `padding_mask` is
         0 it is finite, and has no meaning.
     """
-    name = chosen_attention(query.shape[1], query.dtype)
+    name = chosen_attention(query.shape[1], query.dtype, query.shape[3])
     query, key, value = split_heads(query, key, value)
     padding_mask = jnp.asarray(padding_mask)
     with jax.named_scope(f"{name}_attention"):
         if name == "splash":
             return splash_attention(query, key, value, padding_mask)
+        if name == "cudnn":
+            return cudnn_attention(query, key, value, padding_mask)
         return plain_attention(query, key, value, padding_mask, keep_weights)
 
 
-def chosen_attention(length, dtype):
+def chosen_attention(length, dtype, head_dim=64):
     """Name of the kernel that computes attention here.
 
     It depends on the devices that a program is made for: those of the current
@@ -77,9 +84,10 @@ def chosen_attention(length, dtype):
     Args:
         length: int. Of the rows.
         dtype: str. Of queries, keys and values.
+        head_dim: int.
 
     Returns:
-        `"plain"` or `"splash"`.
+        `"plain"`, `"splash"` or `"cudnn"`.
 
     Example:
 
@@ -92,13 +100,21 @@ def chosen_attention(length, dtype):
         return override
     if keras.config.is_flash_attention_enabled() is False:
         return "plain"
-    device = _device()
-    has_kernel = device.platform == "tpu" and not device.device_kind.startswith(
-        ("TPU v2", "TPU v3")
-    )
-    is_large = length >= min(SPLASH_BLOCKS)
-    is_known = jnp.dtype(dtype).name in SPLASH_DTYPES
-    return "splash" if has_kernel and is_large and is_known else "plain"
+    device, dtype = _device(), jnp.dtype(dtype).name
+    if length < SMALLEST_CHUNK:
+        return "plain"  # There is little to save.
+    if device.platform == "tpu":
+        is_old = device.device_kind.startswith(("TPU v2", "TPU v3"))
+        return "splash" if dtype in SPLASH_DTYPES and not is_old else "plain"
+    if (
+        device.device_kind.startswith("NVIDIA")
+        and float(device.compute_capability) >= CUDNN_COMPUTE_CAPABILITY
+        and dtype in CUDNN_DTYPES
+        and head_dim <= CUDNN_LARGEST_HEAD
+        and head_dim % 8 == 0
+    ):
+        return "cudnn"
+    return "plain"
 
 
 @contextlib.contextmanager
@@ -107,10 +123,11 @@ def attention_kernel(name):
 
     What counts is when a program is traced, that is the first call of `fit`,
     `predict` or `generate` after `compile`. Away from TPUs, `"splash"` runs
-    in Pallas's interpreter: slow, and good for tests.
+    in Pallas's interpreter; away from GPUs, XLA computes what `"cudnn"` asks
+    cuDNN for. Both are slow there, and good for tests.
 
     Args:
-        name: str. `"plain"` or `"splash"`.
+        name: str. `"plain"`, `"splash"` or `"cudnn"`.
 
     Raises:
         ValueError: If there is no such kernel.
@@ -322,6 +339,26 @@ def _splash_kernel(query, key, value, documents):
     )
     segments = splash.SegmentIds(documents, documents)
     return jax.vmap(kernel)(query, key, value, segments)
+
+
+# === cuDNN ===
+
+
+def cudnn_attention(query, key, value, padding_mask):
+    """See `document_attention`. Scores stay inside of cuDNN's kernel."""
+    length = query.shape[1]
+    missing = length % 2  # Gradients are for even lengths.
+    documents = jnp.pad(padding_mask, ((0, 0), (0, missing)))
+    attended = jax.nn.dot_product_attention(
+        *(
+            jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
+            for x in (query, key, value)
+        ),
+        mask=documents[:, None, :, None] == documents[:, None, None, :],
+        is_causal=True,
+        implementation="cudnn" if _device().platform == "gpu" else "xla",
+    )
+    return attended[:, :length]
 
 
 def _device():

@@ -115,10 +115,11 @@ class BwETAFCausalLM(CausalLM):
                 `keras.Model.compile` takes.
             sampler: `"auto"`, the card's temperature 0.8 and top-p 0.92; a
                 `BwETAFSampler`; or a KerasHub sampler or the name of one.
-            remat: str. What to compute a second time for the gradient,
-                instead of keeping it: `"none"`; `"attention"`, the weight of
-                each pair of tokens in attention; `"block"`, all of a block
-                but its products with weights; `"full"`, all of a block.
+            remat: str, or list of str, one for each block. What to compute a
+                second time for the gradient, instead of keeping it: `"none"`;
+                `"attention"`, the weight of each pair of tokens in attention;
+                `"block"`, all of a block but its products with weights;
+                `"full"`, all of a block.
             gradient_accumulation_steps: int. Into how many parts a batch is
                 split, whose gradients are added up before the optimizer's
                 step. The result is that of the whole batch, in less memory.
@@ -155,9 +156,7 @@ class BwETAFCausalLM(CausalLM):
             loss = keras.losses.SparseCategoricalCrossentropy(
                 from_logits=True, reduction="mean_with_sample_weight"
             )
-        for block in self.backbone.transformer_layers:
-            block.remat = remat
-        self.remat = remat
+        self._set_remat(remat)
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.fuses_head_and_loss = fuses_head_and_loss
         self.reports_steps = False  # `Monitor` turns it on.
@@ -257,6 +256,18 @@ class BwETAFCausalLM(CausalLM):
             self.train_function = train_step.keep_step_values(
                 self, self.train_function
             )
+
+    def _set_remat(self, remat):
+        blocks = self.backbone.transformer_layers
+        each = [remat] * len(blocks) if isinstance(remat, str) else remat
+        if not isinstance(each, list | tuple) or len(each) != len(blocks):
+            raise ValueError(
+                "`remat` must be a string, or a list of one for each of the "
+                f"{len(blocks)} blocks. Received: remat={remat!r}"
+            )
+        for block, value in zip(blocks, each, strict=True):
+            block.remat = value
+        self.remat = remat
 
     def train_step(self, state, data):
         if not self.fuses_head_and_loss:

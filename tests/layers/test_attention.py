@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 
 from keras_bwetaf.layers import (
     GroupedQueryAttention,
@@ -36,6 +37,7 @@ KERNELS = {
         document_attention, keep_weights=False
     ),
     "splash": functools.partial(document_attention),
+    "cudnn": functools.partial(document_attention),
 }
 
 
@@ -197,29 +199,65 @@ def test_keep_weights(keep_weights):
     assert (kept > num_weights) == keep_weights
 
 
+def test_a_gpu_gets_the_kernel_of_cudnn(monkeypatch):
+    """It is in the program for CUDA, forward and backward, without scores.
+
+    Such a program is made without a GPU: JAX is told that there is one.
+    """
+    on(monkeypatch, "gpu", "NVIDIA H100 80GB HBM3", "9.0")
+    monkeypatch.setattr(fused_attention, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(
+        fused_attention, "check_compute_capability", lambda _: True
+    )
+    shape = (2, LENGTH, NUM_HEADS, HEAD_DIM)
+    x = jax.ShapeDtypeStruct(shape, "bfloat16")
+    documents = jax.ShapeDtypeStruct(shape[:2], "int32")
+
+    def loss(*inputs):
+        return document_attention(*inputs).astype("float32").sum()
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x, documents)
+    text = program.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmhaScaleBiasSoftmax(") == 1
+    assert text.count("__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+    pairs = f"x{LENGTH + 1}x{LENGTH + 1}x"
+    assert f"<2x1{pairs}bf16>" in text
+    assert f"x{NUM_HEADS}{pairs}" not in text
+
+
 # === Which kernel ===
 
 
-def on(monkeypatch, platform, kind):
-    device = SimpleNamespace(platform=platform, device_kind=kind)
+def on(monkeypatch, platform, kind, compute_capability=None):
+    device = SimpleNamespace(
+        platform=platform,
+        device_kind=kind,
+        compute_capability=compute_capability,
+    )
     monkeypatch.setattr(attention, "_device", lambda: device)
 
 
 @pytest.mark.parametrize(
-    ("platform", "kind", "expected"),
+    ("device", "expected"),
     [
-        ("cpu", "cpu", "plain"),
-        ("gpu", "NVIDIA H100 80GB HBM3", "plain"),
-        ("tpu", "TPU v2", "plain"),
-        ("tpu", "TPU v3", "plain"),
-        ("tpu", "TPU v4", "splash"),
-        ("tpu", "TPU v5 lite", "splash"),
-        ("tpu", "TPU v5", "splash"),
-        ("tpu", "TPU v6 lite", "splash"),
+        (("cpu", "cpu"), "plain"),
+        (("gpu", "NVIDIA H100 80GB HBM3", "9.0"), "cudnn"),
+        (("gpu", "NVIDIA A100-SXM4-40GB", "8.0"), "cudnn"),
+        (("gpu", "NVIDIA GeForce RTX 5090", "12.0"), "cudnn"),
+        (("gpu", "NVIDIA T4", "7.5"), "plain"),
+        (("gpu", "Tesla V100-SXM2-16GB", "7.0"), "plain"),
+        (("rocm", "AMD Instinct MI300X", "gfx942"), "plain"),
+        (("gpu", "AMD Instinct MI300X", "gfx942"), "plain"),
+        (("tpu", "TPU v2"), "plain"),
+        (("tpu", "TPU v3"), "plain"),
+        (("tpu", "TPU v4"), "splash"),
+        (("tpu", "TPU v5 lite"), "splash"),
+        (("tpu", "TPU v5"), "splash"),
+        (("tpu", "TPU v6 lite"), "splash"),
     ],
 )
-def test_choice_by_device(monkeypatch, platform, kind, expected):
-    on(monkeypatch, platform, kind)
+def test_choice_by_device(monkeypatch, device, expected):
+    on(monkeypatch, *device)
     assert chosen_attention(2048, "bfloat16") == expected
 
 
@@ -228,6 +266,13 @@ def test_choice_by_shape_and_dtype(monkeypatch):
     assert chosen_attention(128, "float32") == "splash"
     assert chosen_attention(127, "float32") == "plain"
     assert chosen_attention(2048, "float16") == "plain"
+    on(monkeypatch, "gpu", "NVIDIA L4", "8.9")
+    assert chosen_attention(128, "float16") == "cudnn"
+    assert chosen_attention(127, "float16") == "plain"
+    assert chosen_attention(2048, "float32") == "plain"
+    assert chosen_attention(2048, "bfloat16", head_dim=128) == "cudnn"
+    assert chosen_attention(2048, "bfloat16", head_dim=136) == "plain"
+    assert chosen_attention(2048, "bfloat16", head_dim=60) == "plain"
 
 
 def test_choice_is_overruled(monkeypatch):

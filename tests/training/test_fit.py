@@ -290,6 +290,7 @@ def test_accumulation_draws_new_dropout_in_every_part():
         ("attention", "float32", 1e-6),
         ("block", "float32", 1e-6),
         ("full", "float32", 1e-6),
+        (("block", "attention"), "float32", 1e-6),
         ("full", "mixed_bfloat16", 3e-2),  # It rounds at other places.
     ],
 )
@@ -297,7 +298,6 @@ def test_remat_changes_no_gradient(remat, dtype, tolerance):
     x = uneven()
     plain = without_rounding(make_lm(dropout=0.2, dtype=dtype))
     lm = without_rounding(make_lm(dropout=0.2, dtype=dtype, remat=remat))
-    assert {b.remat for b in lm.backbone.transformer_layers} == {remat}
     changes = []
     for _ in range(2):
         expected, _ = step(plain, x)
@@ -329,7 +329,14 @@ def test_remat_recomputes():
     x = packed(rows(2, length=64))
     flops = [
         compiled_step(make_lm(remat=remat), x).cost_analysis()["flops"]
-        for remat in ("none", "attention", "block", "full")
+        for remat in (
+            "none",
+            "attention",
+            ["block", "attention"],
+            "block",
+            ["full", "block"],
+            "full",
+        )
     ]
     assert flops == sorted(set(flops))
 
@@ -525,14 +532,13 @@ def test_a_quantized_head_has_no_table():
 
 
 def test_settings_survive_saving(tmp_path):
-    lm = make_lm(
-        recipe("97m", 10), remat="block", gradient_accumulation_steps=2
-    )
+    remat = ["block", "attention"]
+    lm = make_lm(recipe("97m", 10), remat=remat, gradient_accumulation_steps=2)
     lm.fit(uneven(), verbose=0)
     lm.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
-    assert again.remat == "block"
-    assert {b.remat for b in again.backbone.transformer_layers} == {"block"}
+    assert again.remat == remat
+    assert [b.remat for b in again.backbone.transformer_layers] == remat
     assert again.gradient_accumulation_steps == 2
     for _ in range(2):
         expected, logs = step(lm, uneven())
@@ -546,6 +552,9 @@ def test_settings_survive_saving(tmp_path):
     ("arguments", "message"),
     [
         (dict(remat="some"), "Received: remat='some'"),
+        (dict(remat=["block", "some"]), "Received: remat='some'"),
+        (dict(remat=["block"]), "each of the 2 blocks. Received"),
+        (dict(remat=None), "each of the 2 blocks. Received: remat=None"),
         (dict(gradient_accumulation_steps=0), "a positive int"),
         (
             dict(gradient_accumulation_steps=2, loss="mse"),
