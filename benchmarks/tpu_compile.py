@@ -497,7 +497,7 @@ def rows_of(name, figures, cache_shape):
         "peak, GiB": f"{figures.peak / GIB:.3f}",
         "FLOPs": f"{figures.flops:.4g}",
         "bytes": f"{figures.bytes:.4g}",
-        "estimated seconds": f"{seconds:.4g}" if seconds > 0 else "",
+        "estimated seconds": f"{seconds:.5g}" if seconds > 0 else "",
         "collectives": "\n".join(collectives),
         "Pallas kernels": "\n".join(kernels),
         "copies of a cache": str(copies) if name == "decode" else "",

@@ -44,22 +44,42 @@ def free_address():
         return f"localhost:{server.getsockname()[1]}"
 
 
-def start(commands, folder):
-    """Runs processes at the same time; returns exit statuses and outputs."""
+def slurm(num_processes):
+    """What SLURM says to each process of a job on one host."""
+    port = free_address().split(":")[1]
+    return [
+        {
+            "JAX_COORDINATOR_PORT": port,
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": str(num_processes),
+            "SLURM_PROCID": str(number),
+            "SLURM_LOCALID": str(number),
+        }
+        for number in range(num_processes)
+    ]
+
+
+def start(commands, folder, cluster=None):
+    """Runs processes at the same time; returns exit statuses and outputs.
+
+    `cluster` is a list of what the environment of each says of the others.
+    """
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_NUM_CPU_DEVICES": "1",
     }
+    cluster = cluster or [{}] * len(commands)
     paths = [folder / f"output-{i}.txt" for i in range(len(commands))]
     started = []
     try:
-        for command, path in zip(commands, paths, strict=True):
+        for command, path, others in zip(commands, paths, cluster, strict=True):
             with path.open("w") as output:
                 process = subprocess.Popen(
                     [sys.executable, "-m", *map(str, command)],
                     cwd=ROOT,
-                    env=environment,
+                    env=environment | others,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )
@@ -232,16 +252,23 @@ def test_one_process_to_four_and_back(one, lm, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_hosts(tmp_path):
+@pytest.mark.parametrize("under_slurm", [False, True])
+def test_two_hosts(under_slurm, tmp_path):
     """The example, which packs text."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("Once upon a time, there was a fox.\n\n" * 200)
-    address = free_address()
-    command = ["examples.two_hosts", "--coordinator", address]
-    command += ["--processes", "2", "--data", corpus, "--run", tmp_path / "run"]
+    command = ["examples.two_hosts", "--data", corpus]
+    command += ["--run", tmp_path / "run"]
     command += ["--sequence-length", "16", "--batch-size", "4"]
-    command += ["--steps", "2", "--steps-per-epoch", "1", "--process"]
-    statuses, outputs = start([[*command, 0], [*command, 1]], tmp_path)
+    command += ["--steps", "2", "--steps-per-epoch", "1"]
+    if under_slurm:
+        commands = [command, command]
+        cluster = slurm(num_processes=2)
+    else:
+        command += ["--coordinator", free_address(), "--processes", "2"]
+        commands = [[*command, "--process", number] for number in range(2)]
+        cluster = None
+    statuses, outputs = start(commands, tmp_path, cluster)
     assert statuses == [0, 0], outputs
     assert "step 2/2" in outputs[0] and "The model is in" in outputs[0]
     assert "step" not in outputs[1] and "The model" not in outputs[1]
