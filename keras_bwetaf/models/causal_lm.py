@@ -119,7 +119,8 @@ class BwETAFCausalLM(CausalLM):
                 second time for the gradient, instead of keeping it: `"none"`;
                 `"attention"`, the weight of each pair of tokens in attention;
                 `"block"`, all of a block but its products with weights;
-                `"full"`, all of a block.
+                `"full"`, all of a block. In a list, the last blocks save
+                most: memory is fullest when their gradients begin.
             gradient_accumulation_steps: int. Into how many parts a batch is
                 split, whose gradients are added up before the optimizer's
                 step. The result is that of the whole batch, in less memory.

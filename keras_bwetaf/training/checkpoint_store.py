@@ -19,6 +19,8 @@ from keras_bwetaf.data.optional import import_optional
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"
 RUN = "run"
+# How many an error lists.
+MOST_DIFFERENCES = 10
 
 
 class DamagedCheckpointError(ValueError):
@@ -216,7 +218,7 @@ class CheckpointStore:
         """Compares names, dtypes and shapes.
 
         Raises:
-            ValueError: That lists every difference.
+            ValueError: That lists the differences.
         """
         problems = []
         for name, item in variables.items():
@@ -231,6 +233,9 @@ class CheckpointStore:
                     problems.append(
                         f"- {name}/{key}: saved {there}, model has {here}"
                     )
+        num_more = len(problems) - MOST_DIFFERENCES
+        if num_more > 0:
+            problems[MOST_DIFFERENCES:] = [f"- and {num_more} more"]
         if problems:
             raise ValueError(
                 f"{self.folder / str(step)}: the checkpoint is of another "

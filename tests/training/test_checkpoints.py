@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -490,6 +491,9 @@ def test_another_model_or_optimizer(copied):
         "- weights/token_embedding/embeddings: saved float32 (64, 16), model "
         "has float32 (64, 8)"
     ) in str(error.value)
+    differences = str(error.value).splitlines()[1:]
+    assert len(differences) == 11
+    assert re.fullmatch(r"- and \d+ more", differences[-1])
     lm = make_lm()
     lm.compile("sgd")
     with pytest.raises(ValueError) as error:
