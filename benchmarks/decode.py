@@ -1,10 +1,12 @@
-"""Tokens per second of one prompt, next to the peers and to the floor.
+"""New tokens per second, next to the peers and to the floor.
 
-    python -m benchmarks.decode [--prompt 32] [--new 256] [--rounds 3]
+    python -m benchmarks.decode [--batch 1] [--prompt 32] [--new 256]
+        [--rounds 3] [--dtype float32]
 
-All models have the card's configuration, random float32 weights and the same
-prompt. They take turns, so that a change in the machine's speed meets all.
-"Sampled" is the card's top-p 0.92 at temperature 0.8. BwETAF always samples.
+All models have the card's configuration, random weights and the same prompts.
+They take turns, so that a change in the machine's speed meets all. "Sampled"
+is the card's top-p 0.92 at temperature 0.8. BwETAF always samples, and takes
+one prompt; it has no part in larger batches.
 """
 
 import argparse
@@ -23,15 +25,15 @@ from keras_bwetaf.presets import PRESETS
 CARD = PRESETS["97m"]["config"]
 
 
-def ours(inputs, temperature):
-    backbone = keras_bwetaf.BwETAFBackbone(**CARD)
+def ours(inputs, temperature, dtype):
+    backbone = keras_bwetaf.BwETAFBackbone(**CARD, dtype=dtype)
     lm = keras_bwetaf.BwETAFCausalLM(backbone)
     return lambda: lm.generate(
         inputs, stop_token_ids=None, temperature=temperature, seed=0
     )
 
 
-def llama(inputs, sampler):
+def llama(inputs, sampler, dtype):
     names = (
         "vocabulary_size",
         "num_layers",
@@ -41,61 +43,78 @@ def llama(inputs, sampler):
         "intermediate_dim",
     )
     backbone = keras_hub.models.LlamaBackbone(
-        **{name: CARD[name] for name in names}, tie_word_embeddings=True
+        **{name: CARD[name] for name in names},
+        tie_word_embeddings=True,
+        dtype=dtype,
     )
     lm = keras_hub.models.LlamaCausalLM(backbone)
     lm.compile(sampler=sampler)
     return lambda: lm.generate(dict(inputs), stop_token_ids=None)
 
 
-def bwetaf(inputs, num_new):
+def bwetaf(inputs, num_new, dtype):
     generate = original.KV_caching(
-        original.model("float32"), top_p=0.92, temperature=0.8
+        original.model(dtype), top_p=0.92, temperature=0.8
     )
     length = int(inputs["padding_mask"].sum())
     prompt = jax.numpy.array(inputs["token_ids"][0, :length])
     return lambda: list(generate(prompt, max_len=num_new))
 
 
-def floor(num_parameters, num_new):
-    """A product of one vector with as many weights as the model has."""
+def floor(num_parameters, batch_size, num_new, dtype):
+    """A product of a vector for each row with as many weights as the model's.
+
+    Returns:
+        function.
+    """
     width = CARD["hidden_dim"]
-    weights = jax.numpy.ones((width, num_parameters // width))
+    weights = jax.numpy.ones((width, num_parameters // width), dtype)
+    vectors = jax.numpy.ones((batch_size, width), dtype)
 
     @jax.jit
     def read(weights):
         def step(_, x):
             return (x @ weights)[:, :width] * 1e-3
 
-        return jax.lax.fori_loop(0, num_new, step, jax.numpy.ones((1, width)))
+        return jax.lax.fori_loop(0, num_new, step, vectors)
 
     return lambda: read(weights).block_until_ready()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32"
+    )
     arguments = parser.parse_args()
+    batch_size, dtype = arguments.batch, arguments.dtype
 
-    length = arguments.prompt + arguments.new
-    token_ids = np.zeros((1, length), "int32")
+    shape = (batch_size, arguments.prompt + arguments.new)
+    is_prompt = np.broadcast_to(np.arange(shape[1]) < arguments.prompt, shape)
     rng = np.random.default_rng(0)
-    token_ids[0, : arguments.prompt] = rng.integers(1, 16384, arguments.prompt)
-    mask = (np.arange(length) < arguments.prompt)[None].astype("int32")
-    inputs = {"token_ids": token_ids, "padding_mask": mask}
+    token_ids = rng.integers(1, CARD["vocabulary_size"], shape, "int32")
+    inputs = {
+        "token_ids": token_ids * is_prompt,
+        "padding_mask": is_prompt.astype("int32"),
+    }
     count = PRESETS["97m"]["parameters"]
 
     top_p = keras_hub.samplers.TopPSampler(p=0.92, temperature=0.8, seed=0)
     runs = {
-        "keras_bwetaf, greedy": ours(inputs, 0),
-        "keras_bwetaf, sampled": ours(inputs, 0.8),
-        "KerasHub Llama, greedy": llama(inputs, "greedy"),
-        "KerasHub Llama, sampled": llama(inputs, top_p),
-        "BwETAF 0.6, sampled": bwetaf(inputs, arguments.new),
-        "floor: reading the weights": floor(count, arguments.new),
+        "keras_bwetaf, greedy": ours(inputs, 0, dtype),
+        "keras_bwetaf, sampled": ours(inputs, 0.8, dtype),
+        "KerasHub Llama, greedy": llama(inputs, "greedy", dtype),
+        "KerasHub Llama, sampled": llama(inputs, top_p, dtype),
     }
+    if batch_size == 1:
+        runs["BwETAF 0.6, sampled"] = bwetaf(inputs, arguments.new, dtype)
+    runs["floor: reading the weights"] = floor(
+        count, batch_size, arguments.new, dtype
+    )
     seconds = {name: [] for name in runs}
     first = {}
     console = Console()
@@ -111,14 +130,14 @@ def main():
                 seconds[name].append(elapsed)
 
     table = Table(
-        title=f"97M, float32, batch 1, prompt {arguments.prompt} + "
+        title=f"97M, {dtype}, batch {batch_size}, prompt {arguments.prompt} + "
         f"{arguments.new} new, median of {arguments.rounds}, on "
         f"{jax.devices()[0].device_kind}"
     )
     for column in ("", "tokens/s", "first call, s", "greedy is", "sampled is"):
         table.add_column(column, justify="left" if not column else "right")
     speed = {
-        name: arguments.new / np.median(times)
+        name: batch_size * arguments.new / np.median(times)
         for name, times in seconds.items()
     }
     for name in runs:

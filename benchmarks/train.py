@@ -1,12 +1,14 @@
 """Trained tokens per second, next to the peers and to a bare loop.
 
     python -m benchmarks.train [--steps 10] [--rounds 3] [--batch 2]
-        [--length 512]
+        [--length 512] [--dtype float32]
 
-All models have the card's configuration, random float32 weights, the same
-packed rows and AdamW, and no dropout. In a first process they take turns, so
-that a change in the machine's speed meets all. Then each runs alone in a
-process of its own, whose peak memory is measured.
+All models have the card's configuration, random weights and moments of this
+dtype, the same packed rows and AdamW, and no dropout. They take turns, so that
+a change in the machine's speed meets all. Before, each runs alone in a process
+of its own, whose peak memory is measured: the device's, if JAX knows it, as on
+GPUs, or else the process's. If the device's peak is known, so is the share of
+it that is used, MFU.
 
 - keras_bwetaf, fit: `lm.fit` with the recipe.
 - keras_bwetaf, bare step: the same compiled step in a loop, without Keras's
@@ -33,6 +35,7 @@ import keras_bwetaf
 from benchmarks import original
 from keras_bwetaf.presets import PRESETS
 from keras_bwetaf.training import recipe
+from keras_bwetaf.training.hardware import flops_per_token, peak_flops
 
 import keras  # isort: skip  after keras_bwetaf, which chooses the backend
 
@@ -52,14 +55,15 @@ def packed_rows(arguments):
     return {"token_ids": token_ids, "padding_mask": documents}
 
 
-def our_model():
-    lm = keras_bwetaf.BwETAFCausalLM(keras_bwetaf.BwETAFBackbone(**CARD))
-    lm.compile(recipe("97m", TOTAL_STEPS, moments_dtype="float32"))
+def our_model(dtype):
+    backbone = keras_bwetaf.BwETAFBackbone(**CARD, dtype=dtype)
+    lm = keras_bwetaf.BwETAFCausalLM(backbone)
+    lm.compile(recipe("97m", TOTAL_STEPS, moments_dtype=dtype))
     return lm
 
 
 def fit(x, arguments):
-    lm = our_model()
+    lm = our_model(arguments.dtype)
 
     def run():
         lm.fit(x, batch_size=arguments.batch, verbose=0)
@@ -68,7 +72,7 @@ def fit(x, arguments):
 
 
 def bare_step(x, arguments):
-    lm = our_model()
+    lm = our_model(arguments.dtype)
     lm.optimizer.build(lm.trainable_variables)
     step = jax.jit(lm.train_step, donate_argnums=0)
     # Donated: the model's variables are of no use after the first step.
@@ -92,7 +96,7 @@ def bare_step(x, arguments):
 
 
 def bwetaf(x, arguments):
-    manager = original.model("float32", dropout=0.0)
+    manager = original.model(arguments.dtype, dropout=0.0)
     optimizer = original.optimizer(TOTAL_STEPS)
     step = jax.jit(original.train_step(manager, optimizer), donate_argnums=0)
     state = manager.params, optimizer.init(manager.params)
@@ -117,7 +121,9 @@ def llama(x, arguments):
         "intermediate_dim",
     )
     backbone = keras_hub.models.LlamaBackbone(
-        **{name: CARD[name] for name in names}, tie_word_embeddings=True
+        **{name: CARD[name] for name in names},
+        tie_word_embeddings=True,
+        dtype=arguments.dtype,
     )
     lm = keras_hub.models.LlamaCausalLM(backbone)
     lm.compile(
@@ -160,7 +166,10 @@ def timed(run):
 
 
 def peak_memory():
-    """The most memory that this process has held, in MiB."""
+    """The most memory that the device, or this process, has held, in MiB."""
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"] / 2**20
     status = Path("/proc/self/status").read_text()
     line = next(x for x in status.splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
@@ -169,7 +178,7 @@ def peak_memory():
 def memory_alone(name, arguments):
     """Peak memory of one of `RUNS` in a process of its own, in MiB."""
     command = [sys.executable, "-m", "benchmarks.train", "--only", name]
-    for option in ("steps", "batch", "length"):
+    for option in ("steps", "batch", "length", "dtype"):
         command += [f"--{option}", str(getattr(arguments, option))]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
@@ -181,6 +190,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32"
+    )
     parser.add_argument("--only", choices=RUNS, help="print its peak memory")
     arguments = parser.parse_args()
     x = packed_rows(arguments)
@@ -207,12 +219,17 @@ def main():
             else:
                 seconds[name].append(elapsed)
 
+    device_kind = jax.devices()[0].device_kind
+    peak = peak_flops(device_kind, arguments.dtype)
+    flops = flops_per_token(our_model(arguments.dtype), arguments.length)
     table = Table(
-        title=f"97M, float32, batch {arguments.batch} x {arguments.length}, "
+        title=f"97M, {arguments.dtype}, "
+        f"batch {arguments.batch} x {arguments.length}, "
         f"median of {arguments.rounds} times {arguments.steps} steps, on "
-        f"{jax.devices()[0].device_kind}"
+        f"{device_kind}"
     )
-    for column in ("", "tokens/s", "first round, s", "fit is", "peak MiB"):
+    columns = ("", "tokens/s", "MFU", "first round, s", "fit is", "peak MiB")
+    for column in columns:
         table.add_column(column, justify="left" if not column else "right")
     speed = {
         name: x["token_ids"].size / np.median(times)
@@ -222,6 +239,7 @@ def main():
         table.add_row(
             name,
             f"{speed[name]:.0f}",
+            f"{speed[name] * flops / peak:.1%}" if peak else "n/a",
             f"{first[name]:.1f}",
             f"{speed[OURS] / speed[name]:.2f} x",
             f"{memory[name]:.0f}",
