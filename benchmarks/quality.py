@@ -34,7 +34,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--dtype",
-        default="bfloat16",
+        default="float32",
         help="to train in; the original trained in bfloat16",
     )
     arguments = parser.parse_args()
