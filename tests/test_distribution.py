@@ -44,7 +44,7 @@ STRATEGIES = {
         model_parallel, 2, fully_sharded=True
     ),
 }
-SLOW = ("data 8", "model 8", "model 2, fully sharded")
+SLOW = ("data 8", "model 4", "model 8", "model 2, fully sharded")
 SPLIT = [
     pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
     for name in STRATEGIES

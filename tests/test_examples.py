@@ -75,6 +75,7 @@ def test_continue_from_flax(load_example, trained_checkpoint, tmp_path, capsys):
         assert 0 < np.abs(one - two).max() < 0.01
 
 
+@pytest.mark.slow
 def test_tpu_97m(tmp_path):
     """On eight devices, which are CPUs here."""
     corpus = tmp_path / "corpus.jsonl"
