@@ -642,6 +642,7 @@ def metrics_of_ten(name):
     return metrics, logits
 
 
+@pytest.mark.slow
 def test_the_last_batch_is_filled_up():
     expected, expected_logits = metrics_of_ten("one device")
     received, logits = metrics_of_ten("model 2, fully sharded")
@@ -688,6 +689,7 @@ def test_lora(name, expected_lora):
     assert_same_gradients(received[1], gradients)
 
 
+@pytest.mark.slow
 @no_quantize_warning
 def test_quantized():
     x = batch(CARD["vocabulary_size"])

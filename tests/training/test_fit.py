@@ -187,6 +187,7 @@ def test_follows_the_original():
     assert differences.max() < 1e-5
 
 
+@pytest.mark.slow
 def test_follows_the_original_in_bfloat16():
     expected, other = (their_losses("bfloat16", seed, 6) for seed in (0, 1))
     received = our_losses("bfloat16", 0, 6)
