@@ -3,7 +3,7 @@
     pip install libtpu  # the release that belongs to the installed jax
     python -m benchmarks.tpu_compile [--topology v3:2x2 v6e:2x4 ...]
         [--batch 4] [--length 2048] [--strategy data_parallel ...]
-        [--remat none block:2,attention:10] [--kernel plain] [--largest-batch]
+        [--remat none attention:10,block:2] [--kernel plain] [--largest-batch]
         [--programs train prefill decode] [--original]
 
 The 97M model in bfloat16 with the card's recipe: the train step of `fit`, and
@@ -107,7 +107,7 @@ def our_model():
 
 
 def remats_of_blocks(remat):
-    """From `"none"` or, say, `"block:2,attention:10"` to a list."""
+    """From `"none"` or, say, `"attention:10,block:2"` to a list."""
     if ":" not in remat:
         return [remat] * CARD["num_layers"]
     parts = (part.split(":") for part in remat.split(","))
@@ -629,7 +629,7 @@ def main():
         nargs="+",
         default=["none"],
         help=f"{', '.join(REMAT)}; or of how many blocks each, such as "
-        "block:2,attention:10",
+        "attention:10,block:2",
     )
     parser.add_argument(
         "--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS
