@@ -3,9 +3,9 @@
     python -m benchmarks.quality CHECKPOINT DOCUMENTS VALIDATION RUN
 
 CHECKPOINT is a folder that the original package saved. A new model of its
-configuration is trained from nothing with the card's recipe, on as many steps
-and rows; then both are evaluated on the same rows. RUN gets the losses and
-checkpoints; the same command goes on after an interruption.
+configuration is trained from nothing, on as many steps and rows, with the
+card's recipe or another; then both are evaluated on the same rows. RUN gets
+the losses and checkpoints; the same command goes on after an interruption.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import numpy as np
 
 import keras_bwetaf
 from keras_bwetaf.training import Monitor, TrainingCheckpoint
+from keras_bwetaf.training.recipe import RECIPES
 
 import keras  # isort: skip  after keras_bwetaf, which chooses the backend
 
@@ -32,6 +33,7 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rows", type=int, default=48, help="for validation")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="97m")
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -44,7 +46,7 @@ def main():
         arguments.checkpoint, dtype=arguments.dtype, load_weights=False
     )
     tokenizer = new.preprocessor.tokenizer
-    new.compile(keras_bwetaf.recipe("97m", total_steps=arguments.steps))
+    new.compile(keras_bwetaf.recipe(arguments.recipe, arguments.steps))
     documents = json.loads(arguments.documents.read_text("utf-8"))["train"]
     tokens = arguments.run / "tokens"
     keras_bwetaf.data.pack(documents, tokens, tokenizer)

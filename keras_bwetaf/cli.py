@@ -336,5 +336,12 @@ def main():
     """
     try:
         app(prog_name="keras-bwetaf")
-    except (ImportError, OSError, ValueError) as error:
+    except (
+        FloatingPointError,  # A loss that is not finite.
+        ImportError,
+        OSError,
+        RuntimeError,
+        TypeError,  # An unknown name in a table of settings.
+        ValueError,
+    ) as error:
         sys.exit(f"keras-bwetaf: {error}")

@@ -259,6 +259,7 @@ def test_train_and_plot(folder, corpus, tmp_path, run):
         *("train", run_folder, "--config", settings, "--preset", folder),
         *("--steps", 2, "--recipe", "warmup=0.25", "--from-scratch"),
         *("--model", "num_layers=1", "--validation-fraction", 0.3),
+        *("--batch-size", 8),  # One row for each device.
     )
     assert status == 0 and "step 2/2" in output
     config = (run_folder / "config.yaml").read_text()
@@ -283,6 +284,11 @@ def test_train_and_plot(folder, corpus, tmp_path, run):
         (["--steps", "many"], 2, "--steps"),
         (["--config", "nothing.toml"], 1, "nothing.toml"),
         ([], 1, "needs the settings `data` and `steps`"),
+        (
+            ["--data", "a.npy", "--steps", 1, "--model", "layers=1"],
+            1,
+            "unknown keywords: layers",
+        ),
     ],
 )
 def test_train_refuses(tmp_path, run, arguments, status, message):

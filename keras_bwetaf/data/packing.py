@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import filelock
@@ -103,7 +104,9 @@ def pack(
     The result depends on the source and the settings alone, not on the
     number of processes. When a call was interrupted, the same call again
     goes on after the last whole shard, and ends with the same bytes. On a
-    folder that is complete, it checks the shards and returns.
+    folder that is complete, it checks the shards and returns. An iterator is
+    taken to be the same as in the call before; of all other sources, that
+    is checked.
 
     Which documents are held out for validation is a function of each
     document's letters and digits, so that copies never are on both sides.
@@ -182,6 +185,14 @@ def pack(
         index = read_index(folder)
         packed = index, _total(index, "bytes")
     report = _report(*packed, time.perf_counter() - start)
+    if validation_fraction and worker.VALIDATION not in report.tokens:
+        warnings.warn(
+            f"{folder}: nothing is held out for validation. Which documents "
+            "are is drawn for each of them, so that takes more or shorter "
+            f"ones. Received: {report.documents} documents, "
+            f"validation_fraction={validation_fraction}",
+            stacklevel=2,
+        )
     if progress and is_first_process():
         Console().print(str(report), highlight=False, soft_wrap=True)
     return report

@@ -1,10 +1,12 @@
 """Where documents come from: files, data sets, iterables."""
 
 import collections.abc
+import contextlib
 import dataclasses
 import fnmatch
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -111,9 +113,9 @@ def read_documents(source, split="train", column="text", *, errors="strict"):
 
     | source | |
     |---|---|
-    | `"tfds:NAME"`, `"tfds:NAME/CONFIG"` | a TensorFlow data set, prepared in a format with random access |
+    | `"tfds:NAME"`, `"tfds:NAME/CONFIG"` | a TensorFlow data set; only one that is stored in a format without random access, such as `tfrecord`, needs TensorFlow |
     | a path, glob or folder | `.parquet`, `.jsonl` with a document a row, `.txt` with a document a file |
-    | an iterable of `pathlib.Path` | such files, in this order |
+    | a list of `pathlib.Path` | such files, in this order |
     | `"hf://datasets/owner/name/PATH"` | such files of a repository; `PATH` may be a glob; `@revision` may follow the name |
     | `"tinystories"`, `"fineweb"` | the data sets of the model card: roneneldan/TinyStories, and the 10-billion-token sample of HuggingFaceFW/fineweb |
     | an iterable of str | documents |
@@ -207,10 +209,28 @@ def _read_iterable(source, column, errors):
             where = f"document {number}"
             if content is None:
                 raise ValueError(f"{where}: expected text. Received: None")
+            if isinstance(content, os.PathLike):
+                raise ValueError(
+                    f"{where}: expected text. Received: the path "
+                    f"{os.fspath(content)!r} from an iterator. Pass a list of "
+                    "paths."
+                )
             yield where, content
 
     description = {"source": "iterable", "documents": num_documents}
+    if isinstance(source, list | tuple):
+        description["sha256"] = _digest(source)
     return Documents(description, read, errors, num_documents)
+
+
+def _digest(texts):
+    """A SHA-256 that tells lists of texts from each other."""
+    digest = hashlib.sha256()
+    for text in texts:
+        if not isinstance(text, bytes):
+            text = str(text).encode("utf-8", "surrogatepass")
+        digest.update(len(text).to_bytes(8) + text)
+    return digest.hexdigest()
 
 
 def _is_file(text):
@@ -225,21 +245,19 @@ def _read_tfds(source, split, column, errors):
         "tensorflow_datasets", "tfds", f"The source {source}"
     )
     name = source.removeprefix(TFDS)
+    arguments = {
+        "name": name,
+        "split": split,
+        # TFDS itself reads it when it is imported, and never again.
+        "data_dir": os.environ.get("TFDS_DATA_DIR"),
+    }
     try:
-        records = tfds.data_source(
-            name,
-            split=split,
-            # TFDS itself reads it when it is imported, and never again.
-            data_dir=os.environ.get("TFDS_DATA_DIR"),
-        )
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{source}: the data set is stored in a format without random "
-            "access. Prepare it once more, in another folder, with "
-            f'tfds.builder({name!r}, data_dir=..., file_format="array_record")'
-            ".download_and_prepare(), and set TFDS_DATA_DIR to that folder."
-        ) from error
-    info = records.dataset_info
+        records = tfds.data_source(**arguments)
+        info = records.dataset_info
+    except NotImplementedError:  # It is stored without random access.
+        _prepare_tensorflow(source)
+        dataset, info = tfds.load(**arguments, with_info=True)
+        records = None
     if column not in info.features:
         raise ValueError(
             f"{source}: expected a column {column!r}. Received the columns "
@@ -248,17 +266,38 @@ def _read_tfds(source, split, column, errors):
         )
 
     def read(start):
-        for number in range(start, len(records)):
-            yield f"{source}, record {number}", records[number][column]
+        if records is None:
+            rest = enumerate(tfds.as_numpy(dataset.skip(start)), start)
+        else:
+            rest = ((i, records[i]) for i in range(start, len(records)))
+        for number, record in rest:
+            yield f"{source}, record {number}", record[column]
 
+    num_documents = info.splits[split].num_examples
     description = {
         "source": source,
         "split": split,
         "column": column,
         "data_set": info.full_name,
-        "documents": len(records),
+        "documents": num_documents,
     }
-    return Documents(description, read, errors, len(records))
+    return Documents(description, read, errors, num_documents)
+
+
+def _prepare_tensorflow(source):
+    """Makes TensorFlow ready to read, and nothing else."""
+    try:
+        import tensorflow
+    except ImportError as error:
+        raise ImportError(
+            f"{source}: the data set is stored in a format that only "
+            "TensorFlow reads. Install tensorflow, or prepare the data set "
+            'once more, with file_format="array_record", in another folder, '
+            "and set TFDS_DATA_DIR to that folder."
+        ) from error
+    with contextlib.suppress(RuntimeError):  # It is in use already.
+        # Or it takes the memory of all GPUs for itself.
+        tensorflow.config.set_visible_devices([], "GPU")
 
 
 # Files.

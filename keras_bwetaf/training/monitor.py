@@ -315,7 +315,15 @@ class Monitor(keras.callbacks.Callback):
         path = self.folder / f"non_finite_step_{self._step}.npz"
         with new_file(path) as file:
             np.savez(file, **arrays)
-        return f"Its batch is saved to {path}."
+        saved = f"Its batch is saved to {path}."
+        largest = int(np.max(x["token_ids"]))
+        size = self._model.backbone.vocabulary_size
+        if largest >= size:
+            saved += (
+                f" It has the token id {largest}, but the model's vocabulary "
+                f"has {size} tokens: the data are of another tokenizer."
+            )
+        return saved
 
 
 class _Display:

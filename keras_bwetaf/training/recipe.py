@@ -1,6 +1,7 @@
-"""The settings that the published models were trained with."""
+"""Optimizers with their settings, by name."""
 
 import math
+import numbers
 
 import keras
 from keras import ops
@@ -23,19 +24,32 @@ RECIPES = {
         "global_clipnorm": 7.0,
     },
 }
+RECIPES["small"] = {
+    **RECIPES["97m"],
+    "initial_learning_rate": 0.0,
+    "peak_learning_rate": 3e-3,
+    "final_learning_rate": 1e-4,
+    "warmup": 0.1,
+}
+# What may be left out with None.
+OPTIONAL = ("weight_decay", "global_clipnorm")
 DECAYS = ("cosine", "linear")
 
 
 def recipe(name, total_steps, **changes):
-    """The optimizer that a published model was trained with.
+    """An optimizer with the settings of a training that is known to work.
 
     `"97m"` is the card's: AdamW on all weights, norms and biases included,
     with moments in bfloat16, gradients clipped to a norm of 7, and a learning
     rate that rises from 6e-4 to 1.5e-3 in the first 2% of the steps and falls
     to 1.8e-4 along a cosine.
 
+    `"small"` is for models of a few million parameters, trained from nothing
+    in hundreds or thousands of steps: the same, but the learning rate rises
+    from 0 to 3e-3 in the first 10% of the steps and falls to 1e-4.
+
     Args:
-        name: str. `"97m"`.
+        name: str. `"97m"` or `"small"`.
         total_steps: int. Steps of the whole training.
         **changes: Settings that replace the recipe's:
             `initial_learning_rate`, `peak_learning_rate`,
@@ -62,6 +76,16 @@ def recipe(name, total_steps, **changes):
             f"There are recipes for {sorted(RECIPES)}. Received: name={name!r}"
         )
     settings = {**RECIPES[name], **changes}
+    for key, default in RECIPES[name].items():
+        value = settings[key]
+        is_left_out = value is None and key in OPTIONAL
+        if isinstance(default, float) and not (
+            is_left_out or isinstance(value, numbers.Real)
+        ):
+            raise ValueError(
+                f"`{key}` must be a number. Received: {key}={value!r} of type "
+                f"{type(value).__name__}"
+            )
     schedule = {
         key: settings.pop(key)
         for key in (

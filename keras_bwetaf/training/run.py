@@ -1,14 +1,17 @@
 """A training run, all of it in one folder: `keras-bwetaf train`."""
 
+import contextlib
 import dataclasses
 import itertools
+import warnings
 from pathlib import Path
 
+import jax
 import keras
 import yaml
 
 from converters.files import new_file
-from keras_bwetaf import presets
+from keras_bwetaf import distribution, presets
 from keras_bwetaf.data import load_packed, pack, read_documents
 from keras_bwetaf.data.index import FILE_NAME, read_index
 from keras_bwetaf.data.worker import VALIDATION
@@ -28,6 +31,8 @@ CHECKPOINTS = "checkpoints"
 PACKED = "packed"
 MODEL = "model"
 TOKENIZER = "tokenizer.json"
+# A run may go on with others of these: they change nothing of the model.
+CHANGEABLE = ("save_every", "keep_last", "on_damage")
 
 
 def train(folder, **settings):
@@ -37,7 +42,10 @@ def train(folder, **settings):
     (`packed`), checkpoints (`checkpoints`), statistics (`stats.json`), a plot
     of the losses (`losses.png`) and at the end the model (`model`). The same
     call again, or one without settings, goes on where the last one stopped,
-    exactly. Of several processes, all must call it (see `initialize`).
+    exactly, and needs the text no longer.
+
+    Several devices share each batch, unless a distribution is set. Of
+    several processes, all must call it (see `initialize`).
 
     Args:
         folder: path. Of the run; it is created.
@@ -49,7 +57,8 @@ def train(folder, **settings):
 
     Raises:
         ValueError: If settings are wrong, or not those of the run in the
-            folder.
+            folder, of which a checkpoint is saved. `save_every`, `keep_last`
+            and `on_damage` may be others.
 
     Example:
 
@@ -61,6 +70,18 @@ def train(folder, **settings):
     """
     folder = Path(folder)
     settings = _resolve(folder, settings)
+    with _on_all_devices():
+        return _train(folder, settings)
+
+
+def _on_all_devices():
+    """Data parallel on several devices, unless a distribution is set."""
+    if keras.distribution.distribution() is None and jax.device_count() > 1:
+        return distribution.data_parallel().scope()
+    return contextlib.nullcontext()
+
+
+def _train(folder, settings):
     epochs = _epochs(settings)
     keras.utils.set_random_seed(settings.seed)
     lm = _model(folder, settings)
@@ -72,14 +93,18 @@ def train(folder, **settings):
         "tokenizer": lm.preprocessor.tokenizer,
         "seed": settings.seed,
     }
+    batches = load_packed(data, **options)
+    validation = _validation(data, settings, options)
     lm.compile(
-        recipe("97m", total_steps=settings.steps, **settings.recipe),
+        recipe(
+            **{"name": "97m", **settings.recipe}, total_steps=settings.steps
+        ),
         remat=settings.remat,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
     )
     in_first_process(_keep, folder, settings)
     lm.fit(
-        load_packed(data, **options),
+        batches,
         steps_per_epoch=settings.steps // epochs,
         epochs=epochs,
         verbose=0,
@@ -89,9 +114,10 @@ def train(folder, **settings):
                 folder / CHECKPOINTS,
                 save_every=settings.save_every,
                 keep_last=settings.keep_last,
+                on_damage=settings.on_damage,
             ),
         ],
-        **_validation(data, settings, options),
+        **validation,
     )
     if settings.lora_rank:
         lm.backbone.merge_lora()
@@ -101,7 +127,8 @@ def train(folder, **settings):
 
 def _resolve(folder, settings):
     """Settings of a run, which are kept in its folder once it has begun."""
-    if not _has_begun(folder):
+    saved = _kept(folder)
+    if saved is None:
         missing = [name for name in ("data", "steps") if name not in settings]
         if missing:
             raise ValueError(
@@ -109,28 +136,44 @@ def _resolve(folder, settings):
                 f"{sorted(settings)}"
             )
         return TrainingSettings(**settings)
-    saved = TrainingSettings(**read_settings(folder / CONFIG))
     wanted = dataclasses.replace(saved, **settings)
     differences = [
         f"{name}: {getattr(saved, name)!r} in the run"
-        for name in settings
-        if getattr(saved, name) != getattr(wanted, name)
+        for name in _differences(saved, wanted)
     ]
-    if differences:
+    if differences and any((folder / CHECKPOINTS).glob("[0-9]*")):
         raise ValueError(
             f"{folder}: a run goes on with the settings that it began with. "
             "Leave them out, or choose another folder. Received others:\n"
             + "\n".join(differences)
         )
-    return saved
+    return wanted
 
 
-def _has_begun(folder):
-    return (folder / CONFIG).is_file()
+def _kept(folder):
+    """The settings in the folder of a run, or None."""
+    path = folder / CONFIG
+    return TrainingSettings(**read_settings(path)) if path.is_file() else None
+
+
+def _differences(saved, wanted):
+    """Names of settings with which another model would be trained."""
+    return [
+        field.name
+        for field in dataclasses.fields(TrainingSettings)
+        if field.name not in CHANGEABLE
+        and getattr(saved, field.name) != getattr(wanted, field.name)
+    ]
+
+
+def _has_begun(folder, settings):
+    """Whether the folder has the tokenizer and tokens for these settings."""
+    saved = _kept(folder)
+    return saved is not None and not _differences(saved, settings)
 
 
 def _keep(folder, settings):
-    """Writes the settings, now that they are known to be sound."""
+    """Writes the settings, once tokens are packed and all can be built."""
     folder.mkdir(parents=True, exist_ok=True)
     with new_file(folder / CONFIG) as file:
         content = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
@@ -141,7 +184,15 @@ def _epochs(settings):
     """How often the model is evaluated; `fit` has epochs of equal length."""
     steps, validate_every = settings.steps, settings.validate_every
     if validate_every is None:
-        return max(n for n in range(1, 21) if steps % n == 0)
+        epochs = max(n for n in range(1, 21) if steps % n == 0)
+        if epochs < min(steps, 5):
+            warnings.warn(
+                f"{steps} steps divide into {epochs} equal parts, after each "
+                "of which the model is evaluated; a multiple of 20 divides "
+                f"into 20. Received: steps={steps}",
+                stacklevel=4,
+            )
+        return epochs
     if validate_every < 1 or steps % validate_every:
         raise ValueError(
             "`steps` must be a multiple of `validate_every`. Received: "
@@ -169,8 +220,11 @@ def _new_model(folder, settings):
     if settings.vocabulary_size:
         changes = {"vocabulary_size": tokenizer.vocabulary_size()}
     config = presets.load_config(settings.preset)
+    # Only published weights need angles that are rounded as activations are.
+    exact = {"rope_dtype": "float32"}
     backbone = BwETAFBackbone(
-        **{**config, **settings.model, **changes}, dtype=settings.dtype
+        **{**config, **exact, **settings.model, **changes},
+        dtype=settings.dtype,
     )
     preprocessor = BwETAFCausalLMPreprocessor(
         tokenizer, sequence_length=backbone.max_sequence_length
@@ -183,7 +237,7 @@ def _tokenizer(folder, settings):
     if not settings.vocabulary_size:
         return BwETAFTokenizer.from_preset(settings.preset)
     path = folder / TOKENIZER
-    if not _has_begun(folder):
+    if not _has_begun(folder, settings):
         if not _is_text(settings.data):
             raise ValueError(
                 "`vocabulary_size` trains a tokenizer on text, but the data "
@@ -196,7 +250,9 @@ def _tokenizer(folder, settings):
 
 
 def _train_tokenizer(path, settings):
-    texts = read_documents(settings.data, column=settings.text_column)
+    texts = read_documents(
+        settings.data, column=settings.text_column, errors=settings.errors
+    )
     tokenizer = train_tokenizer(
         texts, settings.vocabulary_size, show_progress=True
     )
@@ -212,13 +268,15 @@ def _packed(folder, settings, tokenizer):
         return [(stage[0], *(stage[1:] or [None])) for stage in data]
     if not _is_text(data):
         return data
-    pack(
-        data,
-        folder / PACKED,
-        tokenizer,
-        column=settings.text_column,
-        validation_fraction=settings.validation_fraction,
-    )
+    if not _has_begun(folder, settings):
+        pack(
+            data,
+            folder / PACKED,
+            tokenizer,
+            column=settings.text_column,
+            errors=settings.errors,
+            validation_fraction=settings.validation_fraction,
+        )
     return folder / PACKED
 
 
@@ -239,8 +297,18 @@ def _validation(data, settings, options):
     """
     last = data[-1][0] if isinstance(data, list) else data
     parts = last if isinstance(last, dict) else [last]
-    if not all(_has_validation(part) for part in parts):
-        return {}
+    sequence_length = options["sequence_length"]
+    for part in parts:
+        num_tokens = _num_held_out(part)
+        if num_tokens < sequence_length:
+            if num_tokens:
+                warnings.warn(
+                    f"{part}: no validation, since fewer tokens are held out "
+                    f"than a row of {sequence_length} has. Hold out a larger "
+                    f"share of the documents. Received: {num_tokens} tokens",
+                    stacklevel=4,
+                )
+            return {}
     batches = load_packed(last, **options, split=VALIDATION, shuffle=False)
     # Keras asks how many there are, which Grain does not know.
     count = sum(
@@ -249,7 +317,11 @@ def _validation(data, settings, options):
     return {"validation_data": batches, "validation_steps": count}
 
 
-def _has_validation(path):
-    return _is_packed(path) and any(
-        VALIDATION in shard["splits"] for shard in read_index(path)["shards"]
+def _num_held_out(path):
+    """Tokens for validation."""
+    if not _is_packed(path):
+        return 0
+    return sum(
+        shard["splits"].get(VALIDATION, {"tokens": 0})["tokens"]
+        for shard in read_index(path)["shards"]
     )

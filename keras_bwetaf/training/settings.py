@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import tomllib
 import types
 import typing
@@ -65,9 +66,14 @@ class TrainingSettings:
         "float32", help="float32, bfloat16 or mixed_bfloat16."
     )
     recipe: dict = _setting(
-        {}, help="Changes to the card's recipe, such as warmup=0.1."
+        {},
+        help="Changes to the card's recipe, such as warmup=0.1; or "
+        "name=small, the one for small models, and changes to that.",
     )
     text_column: str = _setting("text", help="Where records hold their text.")
+    errors: str = _setting(
+        "strict", help="What to do with invalid UTF-8: strict or replace."
+    )
     validation_fraction: float = _setting(
         0.01, help="Share of the documents to hold out, when text is packed."
     )
@@ -79,9 +85,15 @@ class TrainingSettings:
     )
     save_every: int = _setting(500, help="Steps between checkpoints.")
     keep_last: int = _setting(2, help="Checkpoints to keep, beside the best.")
+    on_damage: str = _setting(
+        "raise",
+        help="If the latest checkpoint is damaged: raise an error, or go on "
+        "from the previous one.",
+    )
     seed: int = _setting(0, help="Of weights, dropout and order.")
 
     def __post_init__(self):
+        object.__setattr__(self, "data", _plain(self.data))
         problems = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -96,6 +108,15 @@ class TrainingSettings:
                 )
         if problems:
             raise ValueError("\n".join(problems))
+
+
+def _plain(data):
+    """Data as a file of settings holds them: str for paths, no tuples."""
+    if isinstance(data, dict):
+        return {_plain(path): weight for path, weight in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(each) for each in data]
+    return os.fspath(data) if isinstance(data, os.PathLike) else data
 
 
 def _type_name(annotation):

@@ -250,6 +250,19 @@ def test_a_complete_folder_is_left_alone(tokenizer, whole):
     assert report.documents == 300 and report.megabytes_per_second == 0
 
 
+def test_other_documents(tokenizer, tmp_path):
+    for documents in (["once", "twice"], [b"once", b"twice"]):
+        pack(documents, tmp_path, tokenizer)
+    for others in (["once", "thrice"], ["onc", "etwice"]):
+        with pytest.raises(ValueError, match="other settings: source="):
+            pack(others, tmp_path, tokenizer)
+
+
+def test_nothing_is_held_out(tokenizer, tmp_path):
+    with pytest.warns(UserWarning, match="nothing is held out.*1 documents"):
+        pack(["once upon a time"], tmp_path, tokenizer, validation_fraction=0.1)
+
+
 def test_other_settings(documents, tokenizer, other_tokenizer, tmp_path):
     pack(documents, tmp_path, tokenizer)
     for arguments, name in (

@@ -76,6 +76,8 @@ def test_iterables():
     assert list(read_documents(iter(TEXTS)).starting_at(2)) == TEXTS[2:]
     assert read_documents(TEXTS).num_documents == len(TEXTS)
     assert read_documents(iter(TEXTS)).num_documents is None
+    with pytest.raises(ValueError, match="the path 'a.txt'.*list of paths"):
+        list(read_documents(iter([Path("a.txt")])))
 
 
 INVALID = b"good \xff bad"
@@ -331,7 +333,17 @@ def test_tfds(tfds_folder, monkeypatch):
     assert list(test) == ["test"]
     with pytest.raises(ValueError, match=r"'text'.*\['story'\]"):
         read_documents("tfds:tales")
-    with pytest.raises(ValueError, match="without random access.*array_record"):
+
+
+def test_tfds_without_random_access(tfds_folder, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_folder))
+    documents = read_documents("tfds:stream", column="story", errors="replace")
+    assert documents.num_documents == len(TEXTS) + 1
+    read = list(documents)
+    assert sorted(read) == sorted(TEXTS + ["\ufffd"])
+    assert list(documents.starting_at(3)) == read[3:]
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(ImportError, match="only TensorFlow.*array_record"):
         read_documents("tfds:stream", column="story")
 
 

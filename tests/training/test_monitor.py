@@ -483,6 +483,14 @@ def test_a_loss_that_is_not_finite(lm, broken, tmp_path):
     assert read_statistics(tmp_path / "run")["step"] == [[1, 2]]
 
 
+def test_tokens_beyond_the_vocabulary(lm, tmp_path):
+    x = rows(4)
+    x["token_ids"][BATCH_SIZE, 3] = lm.backbone.vocabulary_size
+    with pytest.raises(FloatingPointError, match="of step 2.*another tokeniz"):
+        fit(lm, x, callbacks=[Monitor(tmp_path / "run"), KeptBatches(x)])
+    lm.train_batches = None
+
+
 def test_a_batch_that_is_not_saved(lm, broken, tmp_path):
     for folder, others, message in (
         (None, [KeptBatches()], "the monitor has no folder"),

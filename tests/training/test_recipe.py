@@ -220,10 +220,21 @@ def test_a_schedule_counts_the_optimizers_steps():
         assert relative_l2(received[name], value) < 1e-6
 
 
+def test_small():
+    rate = recipe("small", 100)._learning_rate
+    rates = [float(rate(step)) for step in (0, 5, 10, 100)]
+    np.testing.assert_allclose(rates, [0, 1.5e-3, 3e-3, 1e-4], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: recipe("98m", 10), r"recipes for \['97m'\]. Received: name="),
+        (lambda: recipe("98m", 10), r"recipes for \['97m', .* name='98m'"),
+        (lambda: recipe("97m", 10, beta_1=None), "`beta_1` must be a number"),
+        (
+            lambda: recipe("97m", 10, peak_learning_rate="3e-4"),
+            "a number. Received: peak_learning_rate='3e-4' of type str",
+        ),
         (lambda: recipe("97m", 0), "greater than `warmup_steps`"),
         (lambda: recipe("97m", 10, warmup=1), "share of the steps"),
         (lambda: recipe("97m", 10, decay="step"), "Received: decay='step'"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,14 @@ def test_bad_files(tmp_path, name, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_settings(path)
+
+
+def test_data_are_as_a_file_holds_them():
+    stages = [(Path("first"), 3), ({Path("then"): 0.5, "web": 0.5}, None)]
+    settings = TrainingSettings(data=stages, steps=1)
+    expected = [["first", 3], [{"then": 0.5, "web": 0.5}, None]]
+    assert settings.data == expected
+    assert TrainingSettings(data=Path("a.txt"), steps=1).data == "a.txt"
 
 
 def test_types():
