@@ -195,10 +195,12 @@ class BwETAFCausalLM(CausalLM):
         with padding, which weighs nothing. Batches of a data set must divide.
 
         Args:
-            x: Strings; a dict of `token_ids` and `padding_mask`; or a data
-                set of batches of them, such as `keras_bwetaf.data.load_packed`
-                returns. Batches of a `grain.IterDataset` can be read again
-                by the number of their step, from `train_batches`.
+            x: Strings, of which the preprocessor drops what is longer than
+                its `sequence_length`; a dict of `token_ids` and
+                `padding_mask`; or a data set of batches of them, such as
+                `keras_bwetaf.data.load_packed` returns, which drops nothing.
+                Batches of a `grain.IterDataset` can be read again by the
+                number of their step, from `train_batches`.
             y: int array, or `None`. The tokens to predict.
             callbacks: list. With a `keras_bwetaf.training.TrainingCheckpoint`
                 among them, training goes on from the latest checkpoint.

@@ -15,6 +15,7 @@ import rich.table
 from converters.files import new_file
 from keras_bwetaf import processes
 from keras_bwetaf.data.optional import import_optional
+from keras_bwetaf.layers.attention import chosen_attention
 from keras_bwetaf.training.hardware import flops_per_token, peak_flops
 from keras_bwetaf.training.plots import plot_losses
 from keras_bwetaf.training.statistics import Statistics
@@ -32,8 +33,8 @@ class Monitor(keras.callbacks.Callback):
     before it is clipped, the learning rate, how many tokens counted in the
     loss so far and per second, the share of the devices' peak that this makes
     use of (see `keras_bwetaf.training.hardware`), the time left, the last
-    validation loss, and how long the first step took, which compiles and
-    counts in no speed.
+    validation loss, how long the first step took, which compiles and counts
+    in no speed, and the kernel of attention.
 
     At the end of every epoch, it writes `stats.json`, with the keys of the
     original package, and `losses.png` to the folder. The epoch's logs, which
@@ -185,8 +186,11 @@ class Monitor(keras.callbacks.Callback):
         self._step += 1
         self._check_finite(values["loss"], values["gradient_norm"])
         if self._flops_per_token is None:
-            self._flops_per_token = flops_per_token(
-                self._model, int(values["sequence_length"])
+            length = int(values["sequence_length"])
+            self._flops_per_token = flops_per_token(self._model, length)
+            block = self._model.backbone.transformer_layers[0]
+            self._attention = chosen_attention(
+                length, block.compute_dtype, block.attention.head_dim
             )
         self.statistics.add_step(
             step=self._step,
@@ -252,6 +256,7 @@ class Monitor(keras.callbacks.Callback):
         if loss is not None:
             fields["validation loss"] = f"{loss:.4f}"
         fields["first step"] = f"{statistics.compile_seconds:.1f} s"
+        fields["attention"] = self._attention
         return fields
 
     def _epoch_logs(self):

@@ -197,6 +197,25 @@ def test_follows_the_original_in_bfloat16():
     assert difference < noise
 
 
+def test_mixed_precision_keeps_float32_weights():
+    losses = {}
+    for dtype in ("float32", "mixed_bfloat16"):
+        lm = make_lm(recipe("97m", 200, moments_dtype=None), dtype)
+        before = lm.get_weights()
+        x = packed(rows(4))
+        history = lm.fit(x, batch_size=4, epochs=4, verbose=0)
+        losses[dtype] = np.array(history.history["loss"])
+    for variable in lm.trainable_variables + lm.optimizer.variables[2:]:
+        assert variable.dtype == "float32"
+    for old, weight in zip(before, lm.trainable_variables, strict=True):
+        # Most of such steps bfloat16 would round away, or to a few values.
+        steps = np.array(weight) - old
+        assert len(np.unique(steps)) > 0.5 * steps.size
+    differences = np.abs(losses["mixed_bfloat16"] / losses["float32"] - 1)
+    print(f"differs by at most {differences.max():.1e}")
+    assert 0 < differences.max() < 2e-3
+
+
 # === Documents in one row ===
 
 

@@ -341,6 +341,7 @@ def test_lines(lm, capsys):
         "MFU n/a",
         "left 0:00:0",
         "first step",
+        "attention plain",
     ):
         assert f"  {name}" in lines[-1]
     assert "validation" not in lines[-1]
