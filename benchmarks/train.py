@@ -180,7 +180,9 @@ def memory_alone(name, arguments):
     command = [sys.executable, "-m", "benchmarks.train", "--only", name]
     for option in ("steps", "batch", "length", "dtype"):
         command += [f"--{option}", str(getattr(arguments, option))]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True
+    )
     return json.loads(result.stdout.splitlines()[-1])
 
 

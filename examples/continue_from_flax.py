@@ -61,7 +61,7 @@ def main(arguments=None):
             batch_size=options.batch_size,
             tokenizer=lm.preprocessor.tokenizer,
         )
-        lm.fit(data, steps_per_epoch=options.steps, shuffle=False, verbose=2)
+        lm.fit(data, steps_per_epoch=options.steps, verbose=2)
 
         lm.save_to_preset(preset, include_optimizer=True)
         converters.convert(preset, options.target, to="flax")

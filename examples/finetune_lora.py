@@ -87,7 +87,7 @@ def main(arguments=None):
         options.rank, ["query", "key", "value", "attention_output", "output"]
     )
     lm.compile(keras.optimizers.AdamW(options.learning_rate))
-    lm.fit(data, steps_per_epoch=options.steps, shuffle=False, verbose=2)
+    lm.fit(data, steps_per_epoch=options.steps, verbose=2)
     show(lm, "After:")
 
     with tempfile.TemporaryDirectory() as temporary:

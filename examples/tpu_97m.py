@@ -35,6 +35,8 @@ def main(arguments=None):
     parser.add_argument("--batch-size", type=int, default=32)
     # A notebook has arguments of its own.
     arguments, _ = parser.parse_known_args(arguments)
+    if arguments.steps % arguments.steps_per_epoch:
+        parser.error("--steps must be a multiple of --steps-per-epoch")
     run, batch_size = arguments.run, arguments.batch_size
 
     # Each core works on its part of every batch.

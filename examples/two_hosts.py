@@ -40,6 +40,8 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--steps-per-epoch", type=int, default=200)
     arguments = parser.parse_args(arguments)
+    if arguments.steps % arguments.steps_per_epoch:
+        parser.error("--steps must be a multiple of --steps-per-epoch")
     run = arguments.run
 
     # First of all: nothing may be computed before.

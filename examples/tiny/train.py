@@ -29,6 +29,8 @@ def main():
     parser.add_argument("run", type=Path, help="folder of all that is made")
     parser.add_argument("--steps", type=int, default=4000)
     arguments = parser.parse_args()
+    if arguments.steps % EVALUATIONS:
+        parser.error(f"--steps must be a multiple of {EVALUATIONS}")
     run, steps = arguments.run, arguments.steps
     keras.utils.set_random_seed(0)
 

@@ -104,9 +104,9 @@ def pack(
     The result depends on the source and the settings alone, not on the
     number of processes. When a call was interrupted, the same call again
     goes on after the last whole shard, and ends with the same bytes. On a
-    folder that is complete, it checks the shards and returns. An iterator is
-    taken to be the same as in the call before; of all other sources, that
-    is checked.
+    folder that is complete, it checks the shards and returns. That the source
+    is the same is checked: local files by name and size, those of the Hub
+    and lists by their content. Of an iterator, it can't be.
 
     Which documents are held out for validation is a function of each
     document's letters and digits, so that copies never are on both sides.
@@ -288,7 +288,7 @@ def _resume(folder, fresh):
     for name in fresh:
         if name in ("complete", "shards"):
             continue
-        if index.get(name) != fresh[name]:
+        if _identity(index.get(name)) != _identity(fresh[name]):
             raise ValueError(
                 f"{folder}: the folder was packed with other settings: "
                 f"{name}={index.get(name)!r}. Received: "
@@ -302,6 +302,13 @@ def _resume(folder, fresh):
                 shards = index["shards"][:number]
                 return {**index, "shards": shards, "complete": False}
     return index
+
+
+def _identity(entry):
+    """An entry of the index, but for the commit that files were found in."""
+    if isinstance(entry, dict):
+        return {key: entry[key] for key in entry if key != "commit"}
+    return entry
 
 
 def _write_shards(folder, index, documents, num_workers, arguments, progress):

@@ -366,8 +366,8 @@ def _read_hub(source, description, column, errors):
         return Path(path)
 
     files = [(name, functools.partial(download, name)) for name in siblings]
-    sizes = {name: file.size for name, file in siblings.items()}
-    description = {**description, "commit": info.sha, "files": sizes}
+    blobs = {name: file.blob_id for name, file in siblings.items()}
+    description = {**description, "commit": info.sha, "files": blobs}
     return _read_files(files, description, column, errors)
 
 

@@ -5,6 +5,7 @@ complete. It does not notice all damage. So the checksum of each array is
 computed where the array is, and compared when the array was restored.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -21,6 +22,10 @@ OPTIMIZER = "optimizer"
 RUN = "run"
 # How many an error lists.
 MOST_DIFFERENCES = 10
+# A damaged checkpoint may be deleted, so what else can fail must not pass for
+# damage.
+NOT_DAMAGE = (ConnectionError, MemoryError, PermissionError, TimeoutError)
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 class DamagedCheckpointError(ValueError):
@@ -156,10 +161,8 @@ class CheckpointStore:
             )
             for name, item in variables.items()
         }
-        try:
+        with self._reading(step):
             restored = self._manager.restore(step, args=args.Composite(**items))
-        except Exception as error:  # Damage has many names.
-            raise self._damaged(step, error) from error
         arrays = {name: restored[name] for name in variables}
         checksums, _ = _examine(arrays)
         wrong = [
@@ -189,15 +192,24 @@ class CheckpointStore:
     def _read_run(self, step):
         args = self._ocp.args
         items = args.Composite(**{RUN: args.JsonRestore()})
-        try:
+        with self._reading(step):
             stored = self._manager.restore(step, args=items)[RUN]
             text, digest = stored[RUN], stored["sha256"]
             actual = _sha256(text)
-        except Exception as error:  # Damage has many names.
-            raise self._damaged(step, error) from error
         if digest != actual:
             raise self._damaged(step, f"other content in {RUN}")
         return json.loads(text)
+
+    @contextlib.contextmanager
+    def _reading(self, step):
+        try:
+            yield
+        except NOT_DAMAGE:
+            raise
+        except Exception as error:  # Damage has many names.
+            if OUT_OF_MEMORY in str(error):
+                raise
+            raise self._damaged(step, error) from error
 
     def _damaged(self, step, reason):
         if isinstance(reason, Exception):

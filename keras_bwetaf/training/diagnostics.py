@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from keras_bwetaf.training.train_step import token_batch, token_losses
+from keras_bwetaf.training.train_step import (
+    nonzero,
+    token_batch,
+    token_losses,
+)
 
 VANISHING = 1e-6
 EXPLODING = 1e2
@@ -85,7 +89,7 @@ def gradient_statistics(lm, batch, vanishing=VANISHING, exploding=EXPLODING):
             (loss, _, _), _ = token_losses(
                 lm, trainable, non_trainable, batch, training=True
             )
-            return loss / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+            return loss / nonzero(jnp.sum(batch["weights"]))
 
         gradients = jax.grad(loss_fn)(trainable)
         return _measure(gradients, vanishing, exploding)

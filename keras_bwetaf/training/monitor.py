@@ -17,7 +17,7 @@ from keras_bwetaf import processes
 from keras_bwetaf.data.optional import import_optional
 from keras_bwetaf.layers.attention import chosen_attention
 from keras_bwetaf.training.hardware import flops_per_token, peak_flops
-from keras_bwetaf.training.plots import plot_losses
+from keras_bwetaf.training.plots import LOSSES, plot_losses
 from keras_bwetaf.training.statistics import Statistics
 from keras_bwetaf.training.train_step import STEP_VALUE_NAMES
 
@@ -133,6 +133,8 @@ class Monitor(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         if self._step is None:
+            # A training that goes on may have begun this epoch before.
+            self._num_steps_before = max(len(self.statistics) - batch, 0)
             self._step = int(self._model.optimizer.iterations)
             batches = getattr(self._model, "train_batches", None)
             # From the steps before a batch to the number of the batch.
@@ -272,10 +274,10 @@ class Monitor(keras.callbacks.Callback):
     def _write(self):
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.statistics.write(
+            statistics = self.statistics.write(
                 self.folder, self.folder.name, self._model.count_params()
             )
-            plot_losses(self.folder)
+            plot_losses(statistics, self.folder / LOSSES)
 
     # === What must not be ===
 
@@ -311,7 +313,7 @@ class Monitor(keras.callbacks.Callback):
         except ValueError as error:
             return f"Its batch could not be read again: {error}."
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)
-        arrays = dict(x)
+        arrays = dict(x) if isinstance(x, dict) else {"x": x}
         if y is not None:
             arrays["y"] = y
         if sample_weight is not None:
@@ -321,7 +323,7 @@ class Monitor(keras.callbacks.Callback):
         with new_file(path) as file:
             np.savez(file, **arrays)
         saved = f"Its batch is saved to {path}."
-        largest = int(np.max(x["token_ids"]))
+        largest = np.max(arrays.get("token_ids", 0))
         size = self._model.backbone.vocabulary_size
         if largest >= size:
             saved += (

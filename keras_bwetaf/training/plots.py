@@ -8,6 +8,7 @@ from converters.files import new_file
 from keras_bwetaf.data.optional import import_optional
 from keras_bwetaf.training.statistics import read_statistics, smooth
 
+LOSSES = "losses.png"
 RAW, SMOOTHED, VALIDATION = "tab:blue", "tab:blue", "tab:red"
 
 
@@ -52,7 +53,7 @@ def plot_losses(source, path=None):
         if path is None:
             folder = Path(source)
             folder = folder if folder.is_dir() else folder.parent
-            path = folder / "losses.png"
+            path = folder / LOSSES
     losses = _joined(statistics, "loss")
     steps = _joined(statistics, "step", np.arange(1, len(losses) + 1))
     validations = _joined(statistics, "val_loss")

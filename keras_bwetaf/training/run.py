@@ -41,8 +41,8 @@ def train(folder, **settings):
     The folder gets the resolved settings (`config.yaml`), packed tokens
     (`packed`), checkpoints (`checkpoints`), statistics (`stats.json`), a plot
     of the losses (`losses.png`) and at the end the model (`model`). The same
-    call again, or one without settings, goes on where the last one stopped,
-    exactly, and needs the text no longer.
+    call again goes on where the last one stopped, exactly. Once the text is
+    packed, it is not needed any longer, and settings may be left out.
 
     Several devices share each batch, unless a distribution is set. Of
     several processes, all must call it (see `initialize`).
@@ -50,7 +50,7 @@ def train(folder, **settings):
     Args:
         folder: path. Of the run; it is created.
         **settings: Fields of `TrainingSettings`, of which `data` and `steps`
-            have no default. May be left out for a run that has begun.
+            have no default.
 
     Returns:
         The trained `BwETAFCausalLM`.
@@ -102,21 +102,22 @@ def _train(folder, settings):
         remat=settings.remat,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
     )
+    callbacks = [
+        Monitor(folder, total_steps=settings.steps),
+        TrainingCheckpoint(
+            folder / CHECKPOINTS,
+            save_every=settings.save_every,
+            keep_last=settings.keep_last,
+            on_damage=settings.on_damage,
+        ),
+    ]
     in_first_process(_keep, folder, settings)
     lm.fit(
         batches,
         steps_per_epoch=settings.steps // epochs,
         epochs=epochs,
         verbose=0,
-        callbacks=[
-            Monitor(folder, total_steps=settings.steps),
-            TrainingCheckpoint(
-                folder / CHECKPOINTS,
-                save_every=settings.save_every,
-                keep_last=settings.keep_last,
-                on_damage=settings.on_damage,
-            ),
-        ],
+        callbacks=callbacks,
         **validation,
     )
     if settings.lora_rank:

@@ -106,6 +106,14 @@ class TrainingSettings:
                     f"{field.name}: expected {_type_name(field.type)}. "
                     f"Received: {field.name}={value!r}"
                 )
+        if isinstance(self.data, list) and not all(
+            isinstance(stage, list) and stage for stage in self.data
+        ):
+            problems.append(
+                "data: a list has stages, [FOLDER, ROWS] each; for several "
+                "files, pass a glob or their folder. Received: "
+                f"data={self.data!r}"
+            )
         if problems:
             raise ValueError("\n".join(problems))
 

@@ -162,6 +162,9 @@ class Statistics:
             folder: path.
             name: str. The model's.
             num_params: int.
+
+        Returns:
+            dict, as `read_statistics` reads it.
         """
         entries = self.entries
         seconds = sum(s for s in entries["seconds"] if s is not None)
@@ -181,6 +184,7 @@ class Statistics:
         statistics["stats"] = list(statistics)
         with new_file(Path(folder) / FILE_NAME) as file:
             file.write(json.dumps(statistics).encode())
+        return statistics
 
 
 def read_statistics(source):

@@ -79,7 +79,7 @@ def train_step(model, state, data):
         sums, non_trainable = _sums(
             model, trainable, non_trainable, batch, training=True
         )
-        loss = sums["loss"] / _at_least_one(num_tokens)
+        loss = sums["loss"] / nonzero(num_tokens)
         mapping = zip(
             model.optimizer.variables, optimizer_variables, strict=True
         )
@@ -278,8 +278,8 @@ def _update_metrics(model, metrics_variables, sums):
         Tuple of logs, a dict of name to float, and the metrics' variables.
     """
     num_tokens = sums["weight"]
-    loss = sums["loss"] / _at_least_one(num_tokens)
-    accuracy = sums["correct"] / _at_least_one(num_tokens)
+    loss = sums["loss"] / nonzero(num_tokens)
+    accuracy = sums["correct"] / nonzero(num_tokens)
     mapping = zip(model.metrics_variables, metrics_variables, strict=True)
     with keras.StatelessScope(state_mapping=list(mapping)) as scope:
         model._loss_tracker.update_state(loss, sample_weight=num_tokens)
@@ -307,7 +307,7 @@ def _step_values(model, optimizer_variables, batch, sums, gradients):
         scale = model.optimizer.scale_loss(jnp.ones(()))
     squares = [jnp.sum(jnp.square(g.astype("float32"))) for g in gradients]
     values = {
-        "loss": sums["loss"] / _at_least_one(sums["weight"]),
+        "loss": sums["loss"] / nonzero(sums["weight"]),
         "gradient_norm": jnp.sqrt(sum(squares)) / scale,
         "learning_rate": learning_rate,
         "num_tokens": jnp.sum(batch["weights"] > 0),
@@ -318,6 +318,6 @@ def _step_values(model, optimizer_variables, batch, sums, gradients):
     )
 
 
-def _at_least_one(num_tokens):
-    """A batch without tokens has a mean of 0, and not 0 / 0."""
+def nonzero(num_tokens):
+    """A divisor: a batch without tokens has a mean of 0, and not 0 / 0."""
     return jnp.where(num_tokens > 0, num_tokens, 1.0)

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from keras_bwetaf.data import read_documents
+from keras_bwetaf.data import pack, read_documents
 
 TEXTS = ["one", "", "two\nlines", "\0 null byte", "été", "last"]
 
@@ -233,6 +233,18 @@ def test_hub_files_are_fetched_when_needed(hub, repository):
     documents = iter(read_documents("hf://datasets/owner/name/*.jsonl"))
     assert next(documents) == "1"
     assert downloads(hub) == ["a.jsonl"]
+
+
+def test_hub_files_of_another_commit(repository, tokenizer, tmp_path):
+    source, folder = "hf://datasets/owner/name/a.jsonl", tmp_path / "packed"
+    first = repository("owner/name", {"a.jsonl": ["old"]})
+    pack(source, folder, tokenizer)
+    second = repository("owner/name", {"a.jsonl": ["old"], "b.jsonl": ["b"]})
+    assert first != second
+    pack(source, folder, tokenizer)
+    repository("owner/name", {"a.jsonl": ["new"]})
+    with pytest.raises(ValueError, match="packed with other settings: source"):
+        pack(source, folder, tokenizer)
 
 
 def test_hub_keeps_to_one_commit(repository):

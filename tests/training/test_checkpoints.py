@@ -15,9 +15,10 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import orbax.checkpoint
 import pytest
 
-from keras_bwetaf.training import TrainingCheckpoint
+from keras_bwetaf.training import Monitor, TrainingCheckpoint
 from keras_bwetaf.training.batches import KEPT, TrackedBatches
 from tests.training.resumable import (
     BATCH,
@@ -406,6 +407,21 @@ def test_a_half_checkpoint_is_none(copied, lm):
     assert names(copied) == ["12", "16", "18", "4", "6", "8"]
 
 
+def test_means_of_an_epoch_that_goes_on(tmp_path):
+    norms = {}
+    for interruptions in ([], [After(4, stop)]):
+        folder = tmp_path / f"{len(interruptions)}"
+        folder.mkdir()
+        write_rows(folder / "rows.npy")
+        lm = make_lm()
+        for callbacks in (*([each] for each in interruptions), []):
+            history = fit(
+                lm, folder, Monitor(), *callbacks, epochs=1, validate=False
+            )
+        norms[folder.name] = history.history["gradient_norm"][-1]
+    assert norms["0"] == norms["1"]
+
+
 # === Damage ===
 
 
@@ -478,6 +494,19 @@ def test_no_checkpoint_is_intact(copied, lm):
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="4: .*There is none before it"):
             restore(lm, copied, on_damage="previous")
+    assert names(copied) == ["12", "16", "18", "4", "6", "8"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: 3 GiB")]
+)
+def test_a_failure_is_no_damage(copied, lm, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(orbax.checkpoint.CheckpointManager, "restore", fail)
+    with pytest.raises(type(error)):
+        fit(lm, copied, on_damage="previous")
     assert names(copied) == ["12", "16", "18", "4", "6", "8"]
 
 
