@@ -16,6 +16,8 @@ import pytest
 import keras_bwetaf
 from keras_bwetaf import processes
 from keras_bwetaf.training import TrainingCheckpoint
+from keras_bwetaf.training.statistics import read_statistics
+from tests.data.conftest import make_documents
 from tests.training.resumable import (
     SAVE_EVERY,
     STEPS_PER_EPOCH,
@@ -25,6 +27,7 @@ from tests.training.resumable import (
     state,
     write_rows,
 )
+from tests.training.test_run import MODEL as RUN_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 # Three of them in one process, two in several.
@@ -276,6 +279,41 @@ def test_two_hosts(under_slurm, tmp_path):
     assert names == (
         {"packed", "checkpoints", "model", "stats.json", "losses.png"}
     )
+
+
+@pytest.mark.slow
+def test_runs(tmp_path, monkeypatch):
+    """`train`, from text to a model."""
+    corpus = tmp_path / "corpus.jsonl"
+    with corpus.open("w") as file:
+        for text in make_documents(200):
+            print(json.dumps({"text": text}), file=file)
+    settings = {
+        "data": str(corpus),
+        "preset": "tiny",
+        "model": RUN_MODEL,
+        "vocabulary_size": 300,
+        "steps": 4,
+        "batch_size": 4,
+        "validate_every": 2,
+        "validation_fraction": 0.2,
+    }
+    folder, address = tmp_path / "two", free_address()
+    command = ["tests.training.several_runs", address, 2]
+    commands = [
+        [*command, process, folder, json.dumps(settings)]
+        for process in range(2)
+    ]
+    statuses, outputs = start(commands, tmp_path)
+    assert statuses == [0, 0], outputs
+    assert "step 4/4" in outputs[0] and "step" not in outputs[1]
+
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    keras_bwetaf.train(tmp_path / "one", **settings)
+    one, two = (read_statistics(tmp_path / name) for name in ("one", "two"))
+    for key in ("loss", "val_loss"):
+        np.testing.assert_allclose(one[key], two[key], rtol=1e-5)
+    assert keras_bwetaf.from_preset(folder / "model").generate("a")
 
 
 # === In this process alone ===
