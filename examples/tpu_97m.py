@@ -53,6 +53,11 @@ def main(arguments=None):
     lm.compile(keras_bwetaf.recipe("97m", total_steps=arguments.steps))
 
     tokenizer = lm.preprocessor.tokenizer
+    options = {
+        "sequence_length": lm.backbone.max_sequence_length,
+        "batch_size": batch_size,
+        "tokenizer": tokenizer,
+    }
     first, then = run / "first", run / "then"
     pack(arguments.first, first, tokenizer)
     pack(
@@ -60,12 +65,9 @@ def main(arguments=None):
         then,
         tokenizer,
         validation_fraction=arguments.validation_fraction,
+        # Of FineWeb, a third is enough; a notebook has little disk.
+        max_tokens=arguments.steps * batch_size * options["sequence_length"],
     )
-    options = {
-        "sequence_length": lm.backbone.max_sequence_length,
-        "batch_size": batch_size,
-        "tokenizer": tokenizer,
-    }
     lm.fit(
         load_packed([(first, arguments.first_rows), (then, None)], **options),
         steps_per_epoch=arguments.steps_per_epoch,

@@ -212,6 +212,9 @@ def pack(
     validation_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share to hold out.")
     ] = 0.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many.")
+    ] = None,
     num_workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; one for each core.")
     ] = None,
@@ -231,6 +234,7 @@ def pack(
         errors="replace" if replace_errors else "strict",
         num_workers=num_workers,
         validation_fraction=validation_fraction,
+        max_tokens=max_tokens,
         overwrite=overwrite,
     )
 

@@ -91,6 +91,7 @@ def pack(
     num_workers=None,
     shard_size=2**25,
     validation_fraction=0.0,
+    max_tokens=None,
     overwrite=False,
     progress=True,
 ):
@@ -129,6 +130,9 @@ def pack(
             `2**25`, at most 64 MB of uint16.
         validation_fraction: float. The share of documents to hold out for
             the split `"validation"`. Defaults to `0.0`.
+        max_tokens: int. Stop with the shard in which so many tokens, of all
+            splits, are reached. What comes after them in the source is
+            neither read nor downloaded. Defaults to all there are.
         overwrite: bool. Whether to remove the tokens in the folder and
             start anew. Defaults to `False`.
         progress: bool. Whether to show a progress bar and print the report.
@@ -155,12 +159,14 @@ def pack(
     start = time.perf_counter()
     folder = Path(folder)
     num_workers = os.cpu_count() if num_workers is None else num_workers
-    _check_arguments(tokenizer, num_workers, shard_size, validation_fraction)
+    _check_arguments(
+        tokenizer, num_workers, shard_size, validation_fraction, max_tokens
+    )
 
     def write():
         documents = read_documents(source, split, column, errors=errors)
         fresh = _new_index(
-            documents, tokenizer, shard_size, validation_fraction
+            documents, tokenizer, shard_size, validation_fraction, max_tokens
         )
         folder.mkdir(parents=True, exist_ok=True)
         with _only_one(folder):
@@ -198,7 +204,9 @@ def pack(
     return report
 
 
-def _check_arguments(tokenizer, num_workers, shard_size, validation_fraction):
+def _check_arguments(
+    tokenizer, num_workers, shard_size, validation_fraction, max_tokens
+):
     if not isinstance(tokenizer, BwETAFTokenizer):
         raise ValueError(
             "`tokenizer` must be a BwETAFTokenizer, such as "
@@ -208,6 +216,7 @@ def _check_arguments(tokenizer, num_workers, shard_size, validation_fraction):
     for name, value in {
         "num_workers": num_workers,
         "shard_size": shard_size,
+        "max_tokens": 1 if max_tokens is None else max_tokens,
     }.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(
@@ -220,7 +229,9 @@ def _check_arguments(tokenizer, num_workers, shard_size, validation_fraction):
         )
 
 
-def _new_index(documents, tokenizer, shard_size, validation_fraction):
+def _new_index(
+    documents, tokenizer, shard_size, validation_fraction, max_tokens
+):
     size = tokenizer.vocabulary_size()
     return {
         "version": VERSION,
@@ -228,6 +239,7 @@ def _new_index(documents, tokenizer, shard_size, validation_fraction):
         "source": documents.description,
         "shard_size": shard_size,
         "validation_fraction": float(validation_fraction),
+        "max_tokens": max_tokens,
         "tokenizer_sha256": tokenizer_digest(tokenizer),
         "vocabulary_size": size,
         "end_token_id": tokenizer.end_token_id,
@@ -321,7 +333,9 @@ def _write_shards(folder, index, documents, num_workers, arguments, progress):
         _Workers(num_workers, arguments) as workers,
     ):
         results = bar.watch(workers.in_order(batches))
-        while results_of_shard := _take_shard(results, index["shard_size"]):
+        while not _is_enough(index) and (
+            results_of_shard := _take_shard(results, index["shard_size"])
+        ):
             number = len(index["shards"])
             shard = _write_shard(folder, number, results_of_shard)
             index["shards"].append(shard)
@@ -334,6 +348,11 @@ def _write_shards(folder, index, documents, num_workers, arguments, progress):
         )
     index["complete"] = True
     write_index(folder, index)
+
+
+def _is_enough(index):
+    num_tokens = sum(_tokens(index).values())
+    return index["max_tokens"] is not None and num_tokens >= index["max_tokens"]
 
 
 def _batches(texts, limit):

@@ -277,6 +277,7 @@ def _packed(folder, settings, tokenizer):
             column=settings.text_column,
             errors=settings.errors,
             validation_fraction=settings.validation_fraction,
+            max_tokens=settings.max_tokens,
         )
     return folder / PACKED
 

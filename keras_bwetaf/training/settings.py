@@ -77,6 +77,9 @@ class TrainingSettings:
     validation_fraction: float = _setting(
         0.01, help="Share of the documents to hold out, when text is packed."
     )
+    max_tokens: int | None = _setting(
+        None, help="Pack no more of the text than about so many tokens."
+    )
     validation_batches: int = _setting(
         20, help="How much of what is held out is evaluated."
     )

@@ -250,6 +250,21 @@ def test_a_complete_folder_is_left_alone(tokenizer, whole):
     assert report.documents == 300 and report.megabytes_per_second == 0
 
 
+def test_no_more_tokens_than_asked_for(documents, tokenizer, whole, tmp_path):
+    arguments = {"shard_size": SHARD_SIZE, "validation_fraction": 0.2}
+    for limit, num_shards in ((1, 1), (2 * SHARD_SIZE - 1, 2)):
+        folder, source = tmp_path / str(limit), iter(documents)
+        report = pack(source, folder, tokenizer, max_tokens=limit, **arguments)
+        assert next(source, None)  # Not all was read.
+        assert sum(report.tokens.values()) >= limit
+        shards = read_index(whole)["shards"][:num_shards]
+        assert read_index(folder)["shards"] == shards
+        again = pack(iter(()), folder, tokenizer, max_tokens=limit, **arguments)
+        assert again.tokens == report.tokens
+    with pytest.raises(ValueError, match="max_tokens=1. Received: max_tokens="):
+        pack(iter(()), tmp_path / "1", tokenizer, **arguments)
+
+
 def test_other_documents(tokenizer, tmp_path):
     for documents in (["once", "twice"], [b"once", b"twice"]):
         pack(documents, tmp_path, tokenizer)
@@ -374,6 +389,7 @@ def test_invalid_utf8_names_the_place(tokenizer, tmp_path):
 def test_arguments(documents, tokenizer, tmp_path):
     for name, value in (
         ("num_workers", 0),
+        ("max_tokens", 0),
         ("shard_size", 0.5),
         ("validation_fraction", 1),
         ("validation_fraction", -0.1),
