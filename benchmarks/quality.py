@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import keras_bwetaf
+from keras_bwetaf.data import document_numbers
 from keras_bwetaf.training import Monitor, TrainingCheckpoint
 from keras_bwetaf.training.recipe import RECIPES
 
@@ -74,12 +75,10 @@ def main():
     )
     ours.set_weights(new.get_weights())
     rows = np.load(arguments.validation)[: arguments.rows].astype("int32")
-    ends = (rows == tokenizer.end_token_id).astype("int32")
-    documents = 1 + np.cumsum(ends, axis=1) - ends
     print("mask       original  keras_bwetaf")
     for name, mask in (
         ("causal", np.ones_like(rows)),
-        ("documents", documents),
+        ("documents", document_numbers(rows, tokenizer.end_token_id)),
     ):
         inputs = {"token_ids": rows, "padding_mask": mask}
         losses = [

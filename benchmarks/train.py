@@ -33,6 +33,7 @@ from rich.table import Table
 
 import keras_bwetaf
 from benchmarks import original
+from keras_bwetaf.data import document_numbers
 from keras_bwetaf.presets import PRESETS
 from keras_bwetaf.training import recipe
 from keras_bwetaf.training.hardware import flops_per_token, peak_flops
@@ -50,8 +51,7 @@ def packed_rows(arguments):
     shape = (arguments.batch * arguments.steps, arguments.length)
     token_ids = rng.integers(1, CARD["vocabulary_size"], shape, "int32")
     token_ids[rng.random(shape) < 0.01] = 0
-    ends = (token_ids == 0).astype("int32")
-    documents = 1 + np.cumsum(ends, axis=1, dtype="int32") - ends
+    documents = document_numbers(token_ids, end_token_id=0)
     return {"token_ids": token_ids, "padding_mask": documents}
 
 

@@ -299,6 +299,29 @@ def _mixture(source):
     return {Path(path): weight for path, weight in mixture.items()}
 
 
+def document_numbers(token_ids, end_token_id):
+    """The `padding_mask` of rows that hold several documents.
+
+    Args:
+        token_ids: int array `(batch, length)`.
+        end_token_id: int. A document ends with it; it belongs to it.
+
+    Returns:
+        int32 array `(batch, length)`: the number of each token's document,
+        from 1 in each row.
+
+    Example:
+
+    ```python
+    rows = np.load("rows.npy").astype("int32")
+    mask = document_numbers(rows, end_token_id=0)
+    lm.evaluate({"token_ids": rows, "padding_mask": mask})
+    ```
+    """
+    ends = (token_ids == end_token_id).astype("int32")
+    return 1 + np.cumsum(ends, axis=1, dtype="int32") - ends
+
+
 def _inputs(token_ids, end_token_id):
     """The model's inputs.
 
@@ -309,8 +332,7 @@ def _inputs(token_ids, end_token_id):
     Returns:
         dict of int32 arrays `(batch, length)`.
     """
-    ends = (token_ids == end_token_id).astype("int32")
-    documents = 1 + np.cumsum(ends, axis=1, dtype="int32") - ends
+    documents = document_numbers(token_ids, end_token_id)
     return {
         "token_ids": np.maximum(token_ids, 0),
         "padding_mask": np.where(token_ids == EMPTY, 0, documents),
