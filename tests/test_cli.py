@@ -296,6 +296,17 @@ def test_train_refuses(tmp_path, run, arguments, status, message):
     assert result == status and message in complaints
 
 
+@pytest.mark.parametrize("kind", [FloatingPointError, RuntimeError])
+def test_a_training_that_fails(tmp_path, run, monkeypatch, kind):
+    def fail(*_, **__):
+        raise kind("the loss is not finite")
+
+    monkeypatch.setattr("keras_bwetaf.training.run.train", fail)
+    status, _, complaints = run("train", tmp_path)
+    assert status == 1
+    assert complaints == "keras-bwetaf: the loss is not finite"
+
+
 def test_plot_refuses(tmp_path, run):
     status, _, complaints = run("plot", tmp_path)
     assert status == 1 and "stats.json" in complaints

@@ -351,8 +351,8 @@ def _write_shards(folder, index, documents, num_workers, arguments, progress):
 
 
 def _is_enough(index):
-    num_tokens = sum(_tokens(index).values())
-    return index["max_tokens"] is not None and num_tokens >= index["max_tokens"]
+    limit = index["max_tokens"]
+    return limit is not None and sum(_tokens(index).values()) >= limit
 
 
 def _batches(texts, limit):
