@@ -407,6 +407,7 @@ def test_a_half_checkpoint_is_none(copied, lm):
     assert names(copied) == ["12", "16", "18", "4", "6", "8"]
 
 
+@pytest.mark.slow
 def test_means_of_an_epoch_that_goes_on(tmp_path):
     norms = {}
     for interruptions in ([], [After(4, stop)]):

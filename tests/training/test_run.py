@@ -158,6 +158,7 @@ def test_other_settings_before_the_first_checkpoint(tmp_path, settings):
     assert "batch_size: 2\n" in (folder / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_several_devices_share_a_batch(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     settings = {**settings, "steps": 1, "validate_every": 1, "batch_size": 8}
