@@ -1,13 +1,28 @@
-"""Trains the 97M model from nothing on all cores of a TPU: Kaggle or Colab.
+"""Trains the 97M model from nothing on a TPU of Colab or Kaggle.
 
-Paste it into a notebook on a TPU v3-8 or v2-8, or run it:
+Get the repository and install it, in a notebook with a TPU (Colab has v5e-1
+and v6e-1, Kaggle v5e-8 and v3-8; REPOSITORY is the address of this one):
 
-    pip install "keras-bwetaf[tpu,train,data]"
-    python tpu_97m.py --run /kaggle/working/run
+    !git clone REPOSITORY keras_bwetaf
+    %pip install -q "./keras_bwetaf[tpu,train,data]"
+
+A session ends after some hours, and its disk is deleted. On Colab, keep the
+run in your Google Drive:
+
+    from google.colab import drive
+    drive.mount("/content/drive")
+    !python keras_bwetaf/examples/tpu_97m.py --run /content/drive/MyDrive/run
+
+On Kaggle, choose "Persistence: Files only" in the notebook's settings, which
+keeps `/kaggle/working`:
+
+    !python keras_bwetaf/examples/tpu_97m.py --run /kaggle/working/run
 
 The card's recipe: TinyStories first, then FineWeb, 32 rows of 2048 tokens a
-step, 3.4 billion tokens in all. When the session ends, start it again with the
-same folder: it goes on with the step after the last checkpoint, exactly.
+step, 3.4 billion tokens in all. When a session has ended, run the same command
+in the next one: it goes on with the step after the last checkpoint, exactly.
+A single chip, as Colab has, does not hold 32 rows at once: there, add
+`--gradient-accumulation-steps 4`.
 """
 
 import argparse
@@ -33,13 +48,14 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=51_700)
     parser.add_argument("--steps-per-epoch", type=int, default=517)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
     # A notebook has arguments of its own.
     arguments, _ = parser.parse_known_args(arguments)
     if arguments.steps % arguments.steps_per_epoch:
         parser.error("--steps must be a multiple of --steps-per-epoch")
     run, batch_size = arguments.run, arguments.batch_size
 
-    # Each core works on its part of every batch.
+    # Each chip (of v3, each core) works on its part of every batch.
     keras.distribution.set_distribution(
         keras_bwetaf.distribution.data_parallel()
     )
@@ -50,7 +66,10 @@ def main(arguments=None):
         dtype="bfloat16",
         rope_dtype="float32",
     )
-    lm.compile(keras_bwetaf.recipe("97m", total_steps=arguments.steps))
+    lm.compile(
+        keras_bwetaf.recipe("97m", total_steps=arguments.steps),
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+    )
 
     tokenizer = lm.preprocessor.tokenizer
     options = {

@@ -1,5 +1,6 @@
 """Shared set-up: environment before imports, then fixtures."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -15,16 +16,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from pathlib import Path  # noqa: E402
-
 import huggingface_hub  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
+from tests import trained  # noqa: E402
 from tests.hub_server import HubServer  # noqa: E402
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "checkpoints"
 
 
 def pytest_configure():
@@ -40,13 +38,30 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
-def trained_checkpoint():
+@pytest.fixture(autouse=True, scope="module")
+def without_old_programs():
+    """Frees what a module compiled, or a process grows to gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(scope="session", params=trained.NAMES)
+def trained_checkpoint(request):
     """Folder of a model that the original package trained and saved."""
-    folder = SHARED / "kjv-6m"
-    if not folder.is_dir():
-        pytest.skip(f"the trained checkpoint is not at {folder}")
-    return folder
+    return trained.checkpoint(request.param)
+
+
+@pytest.fixture(scope="session")
+def documents(trained_checkpoint):
+    """Texts that `trained_checkpoint` knows: "train", and not: "val"."""
+    return trained.documents(trained_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def validation_rows(trained_checkpoint):
+    """Tokens of the documents "val": uint16 (rows, 512), EOS is 0."""
+    return trained.validation_rows(trained_checkpoint)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ with (
     contextlib.redirect_stdout(io.StringIO()),
 ):
     import BwETAF  # noqa: F401
+    from BwETAF._utils import loss_fn
+    from BwETAF.data.data_loader import ProgressTracker
     from BwETAF.model import layers
     from BwETAF.model.model import Model, ModelManager
     from BwETAF.tokenizer import main as tokenizer
@@ -26,7 +28,9 @@ __all__ = [
     "Model",
     "ModelManager",
     "BwETAF",
+    "ProgressTracker",
     "layers",
+    "loss_fn",
     "manager",
     "randomize",
     "tokenizer",

@@ -16,14 +16,8 @@ NUM_ROWS = 48
 
 
 @pytest.fixture(scope="module")
-def rows(trained_checkpoint):
-    return np.load(trained_checkpoint.parent / "kjv-val.npy")[:NUM_ROWS]
-
-
-@pytest.fixture(scope="module")
-def documents(trained_checkpoint):
-    path = trained_checkpoint.parent / "kjv-docs.json"
-    return json.loads(path.read_text())
+def rows(validation_rows):
+    return validation_rows[:NUM_ROWS]
 
 
 def load_original(folder, dtype):

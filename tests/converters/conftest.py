@@ -11,6 +11,7 @@ from tests.converters.folders import (
     write_original,
 )
 from tests.original import manager, tokenizer
+from tests.trained import NAMES, checkpoint
 
 TINY = dict(
     num_heads=4,
@@ -75,12 +76,12 @@ def tiny(tmp_path_factory, tokenizer_folder):
     return convert_to_all(source, folder)
 
 
-@pytest.fixture(scope="session", params=[*CASES, "trained"])
+@pytest.fixture(scope="session", params=[*CASES, *NAMES])
 def every(request, tmp_path_factory, tokenizer_folder):
     """All kinds of models in each format; tests must not change them."""
     folder = tmp_path_factory.mktemp("every")
-    if request.param == "trained":
-        source = request.getfixturevalue("trained_checkpoint")
+    if request.param not in CASES:
+        source = checkpoint(request.param)
     else:
         draw, moments, changes = CASES[request.param]
         source = write_original(

@@ -153,8 +153,10 @@ def test_keys_that_nobody_sorted(tmp_path):
 
 
 @pytest.mark.slow
-def test_original_runs_what_comes_back(trained_checkpoint, tmp_path):
-    rows = np.load(trained_checkpoint.parent / "kjv-val.npy")[:1, :64]
+def test_original_runs_what_comes_back(
+    trained_checkpoint, validation_rows, tmp_path
+):
+    rows = validation_rows[:1, :64]
     folder = trained_checkpoint
     for to in ("safetensors", "keras", "torch", "flax"):
         convert(folder, tmp_path / to, to=to)

@@ -370,14 +370,11 @@ def test_text_generation_pipeline(trained_folder, continuations):
 
 
 def test_token_ids_and_text_are_the_same(
-    tokenizer, trained_checkpoint, trained_folder
+    tokenizer, trained_checkpoint, trained_folder, documents
 ):
     ours = BwETAFTokenizer(trained_folder / "tokenizer.json")
     original = original_tokenizer.load(trained_checkpoint)
-    documents = json.loads(
-        (trained_checkpoint.parent / "kjv-docs.json").read_text()
-    )["val"]
-    for text in TEXTS + [text[:1000] for text in documents]:
+    for text in TEXTS + [text[:1000] for text in documents["val"]]:
         ids = tokenizer(text)["input_ids"]
         assert ids == original.encode(text)
         assert ids == ours.tokenize(text, allowed_special="all").tolist()

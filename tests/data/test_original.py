@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -22,25 +21,19 @@ def tokenizer(trained_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def texts(trained_checkpoint):
-    path = trained_checkpoint.parent / "kjv-docs.json"
-    return json.loads(path.read_text())
-
-
-@pytest.fixture(scope="module")
-def their_rows(trained_checkpoint, texts):
+def their_rows(trained_checkpoint, documents):
     """Threads stand in for its processes, which it would fork."""
     theirs = original.tokenizer.load(trained_checkpoint)
     with mock.patch.object(
         original.tokenizer, "ProcessPoolExecutor", ThreadPoolExecutor
     ):
-        return theirs.tokenize_max_util(texts["train"], 2, LENGTH)
+        return theirs.tokenize_max_util(documents["train"], 2, LENGTH)
 
 
 @pytest.fixture(scope="module")
-def packed(texts, tokenizer, tmp_path_factory):
+def packed(documents, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
-    pack(texts["train"], folder, tokenizer, num_workers=2, progress=False)
+    pack(documents["train"], folder, tokenizer, num_workers=2, progress=False)
     return folder
 
 
@@ -71,8 +64,8 @@ def test_their_files(their_rows, tokenizer, tmp_path):
     assert mine == {row.tobytes() for row in mixed}
 
 
-def test_validation_rows(trained_checkpoint, texts, tokenizer, tmp_path):
+def test_validation_rows(validation_rows, documents, tokenizer, tmp_path):
     """Of the file that comes with the checkpoint."""
-    rows = np.load(trained_checkpoint.parent / "kjv-val.npy")
-    pack(texts["val"], tmp_path, tokenizer, num_workers=1, progress=False)
-    np.testing.assert_array_equal(load(tmp_path, shuffle=False), rows)
+    pack(documents["val"], tmp_path, tokenizer, num_workers=1, progress=False)
+    rows = load(tmp_path, shuffle=False)
+    np.testing.assert_array_equal(rows, validation_rows)

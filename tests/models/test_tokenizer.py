@@ -22,6 +22,7 @@ from keras_bwetaf.models.tokenizer import (
 )
 from tests.keras_hub_checks import KerasHubTestCase
 from tests.original import tokenizer as original_tokenizer
+from tests.trained import NAMES, checkpoint
 
 NUM_STRINGS = 10_000
 EOS, UNK = SPECIAL_TOKENS = ["<|EOS|>", "<|UK|>"]
@@ -59,13 +60,13 @@ def tokenizer(original):
     return BwETAFTokenizer(original.tokenizer)
 
 
-@pytest.fixture(scope="module", params=["in-process", "checkpoint"])
+@pytest.fixture(scope="module", params=["in-process", *NAMES])
 def pair(request):
     """The original's tokenizer and ours, of one file."""
     if request.param == "in-process":
         original = request.getfixturevalue("original")
         return original, BwETAFTokenizer(original.tokenizer)
-    folder = request.getfixturevalue("trained_checkpoint")
+    folder = checkpoint(request.param)
     return (
         original_tokenizer.load(folder),
         BwETAFTokenizer(folder / "tokenizer" / "yap.json"),
@@ -182,14 +183,13 @@ def test_training_writes_the_file_of_the_original(vocabulary_size, tmp_path):
 
 
 def test_training_on_real_text_gives_the_checkpoint_file(
-    trained_checkpoint, tmp_path
+    trained_checkpoint, documents, tmp_path
 ):
-    documents = json.loads(
-        (trained_checkpoint.parent / "kjv-docs.json").read_text()
-    )
-    trained = train_tokenizer(documents["train"], 4096)
+    folder = trained_checkpoint / "tokenizer"
+    settings = json.loads((folder / "understanding_yap.json").read_text())
+    trained = train_tokenizer(documents["train"], settings["vocab_size"])
     trained.save_assets(tmp_path)
-    expected = (trained_checkpoint / "tokenizer" / "yap.json").read_bytes()
+    expected = (folder / "yap.json").read_bytes()
     assert (tmp_path / "tokenizer.json").read_bytes() == expected
 
 
