@@ -8,6 +8,7 @@ from keras_bwetaf.layers import (
     initializers,
 )
 from keras_bwetaf.models.lora import LoraBackbone
+from keras_bwetaf.models.quantization import only_what_can_be
 
 ROPE_DTYPES = (None, "float32", "bfloat16", "float16")
 
@@ -229,6 +230,11 @@ class BwETAFBackbone(LoraBackbone):
             }
         )
         return config
+
+    def quantize(self, mode=None, **kwargs):
+        """Quantizes the weights. See `keras.Model.quantize`."""
+        with only_what_can_be():
+            super().quantize(mode, **kwargs)
 
     @staticmethod
     def get_layout_map(

@@ -28,11 +28,15 @@ from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
 )
+from keras_bwetaf.models.compile_arguments import CompileArguments
 from keras_bwetaf.models.lora import merged_for_saving
+from keras_bwetaf.models.quantization import only_what_can_be
 from keras_bwetaf.processes import gathered, in_first_process
 from keras_bwetaf.training import train_step
 from keras_bwetaf.training.checkpoints import TrainingCheckpoint, track
 from keras_bwetaf.training.metrics import TokenMetrics
+from keras_bwetaf.training.optimizer import check_callbacks, start_averages
+from keras_bwetaf.training.trainer_state import TrainerState, running
 
 # Often enough that a keyboard interrupt is answered within a second or two,
 # seldom enough to cost nothing.
@@ -79,6 +83,7 @@ class BwETAFCausalLM(CausalLM):
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
+        self._trainer_state = TrainerState(self)
 
         # === Functional Model ===
         inputs = backbone.input
@@ -188,11 +193,16 @@ class BwETAFCausalLM(CausalLM):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return super().preprocess_samples(x, y, sample_weight)
 
+    @running
     def fit(self, x=None, y=None, *args, callbacks=None, **kwargs):
         """Trains the model. See `keras.Model.fit`.
 
         On several devices, the last batch of strings or arrays is filled up
         with padding, which weighs nothing. Batches of a data set must divide.
+
+        Whatever ends it, an error or an interrupt, the model keeps what it
+        has learned up to the last step. Callbacks may use the model: generate,
+        evaluate, save. Other threads may not, until it ends.
 
         Args:
             x: Strings, of which the preprocessor drops what is longer than
@@ -209,6 +219,7 @@ class BwETAFCausalLM(CausalLM):
         Returns:
             `keras.callbacks.History`.
         """
+        check_callbacks(self.optimizer, callbacks)
         if self.preprocessor is not None and not self.preprocessor.built:
             # Or Keras traces the model anew at each validation, for which it
             # reads one more batch than there may be.
@@ -235,6 +246,7 @@ class BwETAFCausalLM(CausalLM):
                 )
         return fit(callbacks=callbacks, **kwargs)
 
+    @running
     def evaluate(
         self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs
     ):
@@ -243,15 +255,35 @@ class BwETAFCausalLM(CausalLM):
             x, y, sample_weight = _fill_up(x, y, sample_weight)
         return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
 
+    @running
     def predict(self, x=None, batch_size=None, **kwargs):
         """Logits. See `keras.Model.predict`, and `fit`."""
         num_rows = _num_rows(x)
         (x,) = _fill_up(x)
         return super().predict(x, batch_size, **kwargs)[:num_rows]
 
+    train_on_batch = running(CausalLM.train_on_batch)
+    test_on_batch = running(CausalLM.test_on_batch)
+    predict_on_batch = running(CausalLM.predict_on_batch)
+
+    # === What Keras's trainer on JAX calls ===
+
+    def jax_state_sync(self):
+        self._trainer_state.put_back()
+
+    def _get_jax_state(self, purge_model_variables=False, **parts):
+        return self._trainer_state.take(
+            [name for name, is_wanted in parts.items() if is_wanted]
+        )
+
+    def _make_function(self, step_function, **kwargs):
+        step_function = self._trainer_state.keep(step_function)
+        return super()._make_function(step_function, **kwargs)
+
     def make_train_function(self, force=False):
-        # Keras itself finds out in the middle of `fit`, and loses all weights.
+        # Keras itself finds out in the middle of `fit`.
         train_step.check_optimizer(self)
+        start_averages(self.optimizer)
         if self.train_function is not None and not force:
             return
         super().make_train_function(force=True)
@@ -294,12 +326,34 @@ class BwETAFCausalLM(CausalLM):
                 config["loss"] = "auto"
                 has_metrics = bool(self.token_metrics.metrics)
                 config["weighted_metrics"] = "auto" if has_metrics else None
+            config = CompileArguments.serialize(config)
         return config
 
+    def quantize(self, mode=None, **kwargs):
+        """Quantizes the weights. See `keras.Model.quantize`."""
+        with only_what_can_be():
+            super().quantize(mode, **kwargs)
+
     def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        arguments = keras.saving.deserialize_keras_object(config)
+        if isinstance(arguments, CompileArguments):  # An older file has a dict.
+            arguments = arguments.arguments
+        self.compile(**arguments)
         if self.built and self.optimizer:
             self.optimizer.build(self.trainable_variables)
+
+    def _run_through_graph(
+        self, inputs, operation_fn=lambda operation: operation, call_fn=None
+    ):
+        def tied(operation):
+            if operation is self.backbone.token_embedding:
+                backbone = operation_fn(self.backbone)
+                # Or `keras.models.clone_model` gives the head its own weights.
+                if isinstance(backbone, BwETAFBackbone):
+                    return backbone.token_embedding
+            return operation_fn(operation)
+
+        return super()._run_through_graph(inputs, tied, call_fn)
 
     def save_to_preset(
         self, preset_dir, max_shard_size=10, include_optimizer=False
@@ -483,6 +537,7 @@ class BwETAFCausalLM(CausalLM):
 
     def make_generate_function(self):
         """The `Decoder`, whose compiled functions are made on first use."""
+        self._trainer_state.check_thread()
         if self.generate_function is None:
             self.generate_function = Decoder(self)
         return self.generate_function

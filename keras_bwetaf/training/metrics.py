@@ -1,4 +1,5 @@
 import keras
+from keras.src.trainers.compile_utils import MetricsList
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -16,9 +17,17 @@ class Perplexity(keras.metrics.Mean):
 
     def __init__(self, name="perplexity", dtype=None):
         super().__init__(name=name, dtype=dtype)
+        self._direction = "down"
 
     def result(self):
         return keras.ops.exp(super().result())
+
+
+class _Directed(MetricsList):
+    """Metrics in such a list as Keras's callbacks look for directions in."""
+
+    def result(self):
+        return self.get_result()
 
 
 class TokenMetrics:
@@ -30,8 +39,12 @@ class TokenMetrics:
 
     def __init__(self, has_metrics):
         self.metrics = []
+        self._means = []
         if has_metrics:
-            self.metrics = [keras.metrics.Mean(name="accuracy"), Perplexity()]
+            accuracy = keras.metrics.Mean(name="accuracy")
+            accuracy._direction = "up"
+            self._means = [accuracy, Perplexity()]
+            self.metrics = [_Directed(self._means, name="token_metrics")]
 
     def update(self, loss, accuracy, num_tokens):
         """Adds a batch.
@@ -42,5 +55,5 @@ class TokenMetrics:
             num_tokens: float scalar. Sum of the weights of the tokens.
         """
         values = (accuracy, loss)
-        for metric, value in zip(self.metrics, values, strict=False):
+        for metric, value in zip(self._means, values, strict=False):
             metric.update_state(value, sample_weight=num_tokens)

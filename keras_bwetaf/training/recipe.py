@@ -75,6 +75,13 @@ def recipe(name, total_steps, **changes):
         raise ValueError(
             f"There are recipes for {sorted(RECIPES)}. Received: name={name!r}"
         )
+    if "learning_rate" in changes:
+        raise ValueError(
+            "A recipe's learning rate rises and falls. Pass "
+            "`peak_learning_rate`, its highest value; for a constant one, use "
+            "`keras_bwetaf.training.AdamW(learning_rate=...)`. Received: "
+            f"learning_rate={changes['learning_rate']!r}"
+        )
     settings = {**RECIPES[name], **changes}
     for key, default in RECIPES[name].items():
         value = settings[key]

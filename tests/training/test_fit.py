@@ -18,7 +18,8 @@ from keras_bwetaf import (
     train_tokenizer,
 )
 from keras_bwetaf.layers import TransformerBlock
-from keras_bwetaf.training import recipe
+from keras_bwetaf.training import AdamW, recipe
+from keras_bwetaf.training.loss import targets_and_weights
 from tests import original
 from tests.parity import document_numbers, port, relative_l2
 from tests.training.test_optimizer_state import ADAM, schedule
@@ -538,6 +539,110 @@ def test_lora():
     assert history[-1] < history[0]
     for variable, value in zip(frozen, before, strict=True):
         np.testing.assert_array_equal(variable.value, value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_better"),
+    [("loss", np.less), ("perplexity", np.less), ("accuracy", np.greater)],
+)
+def test_callbacks_know_directions(metric, is_better, tmp_path):
+    x = uneven()
+    lm = make_lm(keras.optimizers.SGD(0.1))
+    monitor = f"val_{metric}"
+    callbacks = [
+        keras.callbacks.EarlyStopping(monitor),
+        keras.callbacks.ReduceLROnPlateau(monitor),
+        keras.callbacks.ModelCheckpoint(
+            tmp_path / "best.weights.h5",
+            monitor=monitor,
+            save_best_only=True,
+            save_weights_only=True,
+        ),
+    ]
+    logs = lm.fit(x, validation_data=x, verbose=0, callbacks=callbacks).history
+    assert monitor in logs
+    for callback in callbacks:
+        assert callback.monitor_op(1.0, 2.0) == is_better(1.0, 2.0)
+
+
+def test_compiling_anew_begins_new_metrics():
+    x = uneven()
+    lm = make_lm(keras.optimizers.SGD(0.0))
+    for _ in range(2):
+        lm.evaluate(x, verbose=0)
+        assert [each.name for each in lm.metrics] == ["loss", "token_metrics"]
+        assert len(lm.metrics_variables) == 6
+        lm.compile(keras.optimizers.SGD(0.0))
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2),
+        keras.callbacks.ReduceLROnPlateau("loss"),
+    ],
+)
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_recipe_sets_its_own_learning_rate(callback, is_wrapped):
+    optimizer = recipe("small", 10)
+    if is_wrapped:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    lm = make_lm(optimizer)
+    with pytest.raises(ValueError, match="Leave out the callback and change"):
+        lm.fit(uneven(), verbose=0, callbacks=[[callback]])
+    lm.compile(AdamW(learning_rate=1e-3))
+    lm.fit(uneven(), verbose=0, callbacks=[callback])
+
+
+@pytest.mark.parametrize("has_own_loss", [False, True])
+def test_clone_model(has_own_loss):
+    """A plain model of the same form, with weights of its own."""
+    x = uneven()
+    arguments = dict(metrics=["accuracy"]) if has_own_loss else {}
+    lm = make_lm(keras.optimizers.Adam(0.01), **arguments)
+    clone = keras.models.clone_model(lm)
+    assert not {*map(id, lm.weights)} & {*map(id, clone.weights)}
+    assert clone.count_params() == lm.count_params()
+    clone.set_weights(lm.get_weights())
+    np.testing.assert_array_equal(
+        clone.predict(x, verbose=0), lm.predict(x, verbose=0)
+    )
+    assert clone.optimizer is not lm.optimizer
+    assert clone.optimizer.get_config() == lm.optimizer.get_config()
+    y = np.roll(x["token_ids"], -1, axis=1)
+    losses = clone.fit(x, y, epochs=3, verbose=0).history
+    assert losses["loss"][-1] < losses["loss"][0]
+    assert "accuracy" in losses
+
+
+def test_a_clone_counts_tokens_as_the_model_does():
+    x = uneven()
+    y, weights = targets_and_weights(x, None, None)
+    lm = make_lm(keras.optimizers.SGD(0.0))
+    clone = keras.models.clone_model(lm)
+    clone.set_weights(lm.get_weights())
+    expected = lm.evaluate(x, verbose=0, return_dict=True)
+    received = clone.evaluate(
+        x,
+        np.asarray(y),
+        sample_weight=np.asarray(weights),
+        verbose=0,
+        return_dict=True,
+    )
+    for name, value in received.items():
+        assert abs(value / expected[name] - 1) < 1e-5, name
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantize_is_silent(mode, capfd):
+    """Warnings are errors here."""
+    lm = make_lm(dropout=0.1)
+    capfd.readouterr()
+    lm.quantize(mode)
+    make_lm(dropout=0.1).backbone.quantize(mode)
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ValueError, match="filters"):
+        lm.quantize(mode, filters=3)
 
 
 def test_a_quantized_head_has_no_table():

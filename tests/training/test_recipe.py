@@ -268,3 +268,8 @@ def test_compiles():
         [variable.value],
     )
     assert (np.asarray(trained[0]) < 1).all()
+
+
+def test_a_constant_learning_rate_is_refused():
+    with pytest.raises(ValueError, match="Pass `peak_learning_rate`, its"):
+        recipe("small", 10, learning_rate=1e-3)
