@@ -27,6 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from keras_bwetaf.checks import is_int
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.processes import is_first_process
 
@@ -87,7 +88,7 @@ def model_parallel(model, fully_sharded=False, devices=None):
         ValueError: If the devices can't be divided into such groups.
     """
     num_devices = len(devices or jax.devices())
-    if not isinstance(model, int) or model < 1 or num_devices % model:
+    if not is_int(model) or model < 1 or num_devices % model:
         raise ValueError(
             "`model` must be a positive int that divides the number of "
             f"devices. Received: model={model!r}, {num_devices} devices"

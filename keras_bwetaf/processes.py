@@ -10,6 +10,8 @@ import keras
 from jax.experimental import multihost_utils
 from keras.src.backend import distribution_lib
 
+from keras_bwetaf.checks import checked_int, is_int
+
 # What the transports say when they lose another process.
 LOST = re.compile(
     r"gloo|nccl|connection (closed|reset)|heartbeat|coordination service",
@@ -228,11 +230,11 @@ def _check_address(coordinator_address, num_processes, process_id):
             "`coordinator_address` must be 'host:port' with a port from 1 to "
             f"65535. {received}"
         )
-    if not isinstance(num_processes, int) or num_processes < 1:
+    if not is_int(num_processes) or num_processes < 1:
         raise ValueError(
             f"`num_processes` must be an int of at least 1. {received}"
         )
-    if not isinstance(process_id, int) or not 0 <= process_id < num_processes:
+    if not is_int(process_id) or not 0 <= process_id < num_processes:
         raise ValueError(
             "`process_id` must be an int from 0 to num_processes - 1. "
             f"{received}"
@@ -241,11 +243,7 @@ def _check_address(coordinator_address, num_processes, process_id):
 
 def _check_seconds(**seconds):
     for name, value in seconds.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"`{name}` must be an int of at least 1. Received: "
-                f"{name}={value!r}"
-            )
+        checked_int(name, value, 1)
 
 
 def _end_on_errors():

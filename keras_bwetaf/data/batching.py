@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_bwetaf.checks import checked_int
+
 # As many rows as nobody will read; Grain concatenates finite data sets only.
 ENDLESS = 2**62
 # A batch is read while the step before is computed; reading is fast.
@@ -25,22 +27,18 @@ def check_arguments(
 ):
     """Checks what all loaders take.
 
+    Returns:
+        tuple of int, the arguments.
+
     Raises:
         ValueError: If an argument is out of range, or the processes cannot
             share a batch.
     """
-    for name, value, smallest in (
-        ("sequence_length", sequence_length, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-        ("process_count", process_count, 1),
-        ("process_index", process_index, 0),
-    ):
-        if not isinstance(value, int) or value < smallest:
-            raise ValueError(
-                f"`{name}` must be an int of at least {smallest}. Received: "
-                f"{name}={value!r}"
-            )
+    sequence_length = checked_int("sequence_length", sequence_length, 1)
+    batch_size = checked_int("batch_size", batch_size, 1)
+    seed = checked_int("seed", seed, 0)
+    process_count = checked_int("process_count", process_count, 1)
+    process_index = checked_int("process_index", process_index, 0)
     if process_index >= process_count:
         raise ValueError(
             "`process_index` must be below `process_count`. Received: "
@@ -52,6 +50,7 @@ def check_arguments(
             "must be a multiple of their number. Received: "
             f"batch_size={batch_size}, process_count={process_count}"
         )
+    return sequence_length, batch_size, seed, process_index, process_count
 
 
 def shuffle_and_repeat(rows, *, seed, repeat):

@@ -113,8 +113,10 @@ def load_instructions(
     """
     grain = import_optional("grain", "train", "`load_instructions`")
     process_index, process_count = processes(process_index, process_count)
-    check_arguments(
-        sequence_length, batch_size, seed, process_index, process_count
+    sequence_length, batch_size, seed, process_index, process_count = (
+        check_arguments(
+            sequence_length, batch_size, seed, process_index, process_count
+        )
     )
     if truncation not in (None, "left", "right"):
         raise ValueError(

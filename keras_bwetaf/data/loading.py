@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_bwetaf.checks import is_int
 from keras_bwetaf.data.batching import (
     ENDLESS,
     batches,
@@ -190,8 +191,10 @@ def load_packed(
     """
     grain = import_optional("grain", "train", "`load_packed`")
     process_index, process_count = processes(process_index, process_count)
-    check_arguments(
-        sequence_length, batch_size, seed, process_index, process_count
+    sequence_length, batch_size, seed, process_index, process_count = (
+        check_arguments(
+            sequence_length, batch_size, seed, process_index, process_count
+        )
     )
     has_stages = isinstance(source, list)
     stages = _stages(source) if has_stages else [(_mixture(source), None)]
@@ -267,13 +270,13 @@ def _stages(stages):
         source, num_rows = stage
         if num_rows is None and is_last:
             num_rows = ENDLESS
-        if not isinstance(num_rows, int) or num_rows < 1:
+        if not is_int(num_rows) or num_rows < 1:
             raise ValueError(
                 "The number of rows of a stage must be a positive int, or "
                 f"None in the last stage. Received: {num_rows!r} in stage "
                 f"{number}"
             )
-        result.append((_mixture(source), num_rows))
+        result.append((_mixture(source), int(num_rows)))
     if not result:
         raise ValueError("Expected at least one stage. Received: source=[]")
     return result

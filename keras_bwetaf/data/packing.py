@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from converters.files import new_file
+from keras_bwetaf.checks import is_number, positive_int
 from keras_bwetaf.data import worker
 from keras_bwetaf.data.index import (
     FILE_NAME,
@@ -159,7 +160,7 @@ def pack(
     start = time.perf_counter()
     folder = Path(folder)
     num_workers = os.cpu_count() if num_workers is None else num_workers
-    _check_arguments(
+    num_workers, shard_size, max_tokens = _checked_arguments(
         tokenizer, num_workers, shard_size, validation_fraction, max_tokens
     )
 
@@ -204,7 +205,7 @@ def pack(
     return report
 
 
-def _check_arguments(
+def _checked_arguments(
     tokenizer, num_workers, shard_size, validation_fraction, max_tokens
 ):
     if not isinstance(tokenizer, BwETAFTokenizer):
@@ -213,20 +214,16 @@ def _check_arguments(
             "lm.preprocessor.tokenizer. Received: "
             f"tokenizer={tokenizer!r} of type {type(tokenizer).__name__}"
         )
-    for name, value in {
-        "num_workers": num_workers,
-        "shard_size": shard_size,
-        "max_tokens": 1 if max_tokens is None else max_tokens,
-    }.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"`{name}` must be a positive int. Received: {name}={value!r}"
-            )
-    if not 0 <= validation_fraction < 1:
+    num_workers = positive_int("num_workers", num_workers)
+    shard_size = positive_int("shard_size", shard_size)
+    if max_tokens is not None:
+        max_tokens = positive_int("max_tokens", max_tokens)
+    if not is_number(validation_fraction) or not 0 <= validation_fraction < 1:
         raise ValueError(
             "`validation_fraction` must be at least 0 and below 1. Received: "
             f"validation_fraction={validation_fraction!r}"
         )
+    return num_workers, shard_size, max_tokens
 
 
 def _new_index(

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_bwetaf.checks import is_int
 from keras_bwetaf.generation.sampling import SamplingSettings
 from keras_bwetaf.layers.sharding import num_row_groups
 
@@ -83,12 +84,6 @@ def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
     shortest = min(map(len, prompts))
     shortest = bucket(shortest) // 2 if shortest > SMALLEST_BUCKET else 1
     return prompts, limits, max_new_tokens or max_length - shortest
-
-
-def is_int(value):
-    """Whether a value is an int, of Python or NumPy, and no bool."""
-    is_bool = isinstance(value, (bool, np.bool))
-    return isinstance(value, (int, np.integer)) and not is_bool
 
 
 def _check_length(name, value, smallest, largest):

@@ -8,6 +8,8 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_bwetaf.checks import checked_number, checked_seed
+
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
 class BwETAFSampler(keras_hub.samplers.Sampler):
@@ -61,27 +63,29 @@ class BwETAFSampler(keras_hub.samplers.Sampler):
         repetition_penalty=1.0,
         seed=None,
     ):
-        _check("temperature", temperature, lambda x: x >= 0, "at least 0")
-        _check(
+        temperature = checked_number(
+            "temperature", temperature, lambda x: x >= 0, "at least 0"
+        )
+        super().__init__(temperature=temperature)
+        self.top_k = checked_number(
             "top_k",
             top_k,
-            lambda x: x >= 0 and int(x) == x,
+            lambda x: x >= 0 and x.is_integer(),
             "an int, at least 0",
         )
-        _check("top_p", top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
-        _check("min_p", min_p, lambda x: 0 <= x <= 1, "between 0 and 1")
-        _check(
+        self.top_p = checked_number(
+            "top_p", top_p, lambda x: 0 < x <= 1, "above 0 and at most 1"
+        )
+        self.min_p = checked_number(
+            "min_p", min_p, lambda x: 0 <= x <= 1, "between 0 and 1"
+        )
+        self.repetition_penalty = checked_number(
             "repetition_penalty",
             repetition_penalty,
             lambda x: x > 0,
             "above 0",
         )
-        super().__init__(temperature=temperature)
-        self.top_k = top_k
-        self.top_p = top_p
-        self.min_p = min_p
-        self.repetition_penalty = repetition_penalty
-        self.seed = seed
+        self.seed = None if seed is None else checked_seed(seed)
 
     def get_config(self):
         return {
@@ -92,13 +96,6 @@ class BwETAFSampler(keras_hub.samplers.Sampler):
             "repetition_penalty": self.repetition_penalty,
             "seed": self.seed,
         }
-
-
-def _check(name, value, is_valid, expected):
-    if not isinstance(value, (int, float, np.number)) or not is_valid(value):
-        raise ValueError(
-            f"`{name}` must be {expected}. Received: {name}={value!r}"
-        )
 
 
 def from_keras_hub(sampler):

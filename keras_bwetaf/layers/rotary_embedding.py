@@ -82,6 +82,9 @@ class RotaryEmbedding(keras.layers.Layer):
     Output shape:
         The input's.
 
+    Raises:
+        ValueError: If there are no rows, or no tokens in them.
+
     Reference:
      - [Su et al., 2021](https://arxiv.org/abs/2104.09864)
     """
@@ -98,6 +101,11 @@ class RotaryEmbedding(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs, positions=None, num_shards=1):
+        if 0 in inputs.shape:
+            raise ValueError(
+                "Expected at least one row, of at least one token. Received: "
+                f"inputs of shape {inputs.shape}"
+            )
         if positions is None:
             positions = jnp.arange(inputs.shape[1])
         angles = rotary_angles(

@@ -1,5 +1,6 @@
 import keras
 
+from keras_bwetaf.checks import checked_number, is_number, positive_int
 from keras_bwetaf.layers import (
     FeedForward,
     GroupedQueryAttention,
@@ -98,14 +99,13 @@ class BwETAFBackbone(LoraBackbone):
         dtype=None,
         **kwargs,
     ):
-        for name, value in {
-            "vocabulary_size": vocabulary_size,
-            "num_layers": num_layers,
-            "hidden_dim": hidden_dim,
-            "intermediate_dim": intermediate_dim,
-            "max_sequence_length": max_sequence_length,
-        }.items():
-            _check_positive_int(name, value)
+        vocabulary_size = positive_int("vocabulary_size", vocabulary_size)
+        num_layers = positive_int("num_layers", num_layers)
+        hidden_dim = positive_int("hidden_dim", hidden_dim)
+        intermediate_dim = positive_int("intermediate_dim", intermediate_dim)
+        max_sequence_length = positive_int(
+            "max_sequence_length", max_sequence_length
+        )
         query_heads = _heads_per_layer(
             "num_query_heads", num_query_heads, num_layers
         )
@@ -113,26 +113,25 @@ class BwETAFBackbone(LoraBackbone):
             "num_key_value_heads", num_key_value_heads, num_layers
         )
         _check_heads(query_heads, key_value_heads, hidden_dim)
-        if not 0 <= dropout < 1:
+        if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(
                 "`dropout` is the share of outputs to drop, at least 0 and "
-                f"less than 1. Received: dropout={dropout}"
+                f"less than 1. Received: dropout={dropout!r}"
             )
         if rope_dtype not in ROPE_DTYPES:
             raise ValueError(
                 f"`rope_dtype` must be one of {ROPE_DTYPES}. Received: "
                 f"rope_dtype={rope_dtype!r}"
             )
-        for name, value in {
-            "rope_max_wavelength": rope_max_wavelength,
-            "layer_norm_epsilon": layer_norm_epsilon,
-            "initializer_range": initializer_range,
-            "embedding_initializer_range": embedding_initializer_range or 1,
-        }.items():
-            if value <= 0:
-                raise ValueError(
-                    f"`{name}` must be greater than 0. Received: {name}={value}"
-                )
+        rope_max_wavelength = _positive(
+            "rope_max_wavelength", rope_max_wavelength
+        )
+        layer_norm_epsilon = _positive("layer_norm_epsilon", layer_norm_epsilon)
+        initializer_range = _positive("initializer_range", initializer_range)
+        if embedding_initializer_range is not None:
+            embedding_initializer_range = _positive(
+                "embedding_initializer_range", embedding_initializer_range
+            )
 
         # === Layers ===
         self.token_embedding = keras.layers.ReversibleEmbedding(
@@ -196,12 +195,14 @@ class BwETAFBackbone(LoraBackbone):
         # === Config ===
         self.vocabulary_size = vocabulary_size
         self.num_layers = num_layers
-        self.num_query_heads = num_query_heads
-        self.num_key_value_heads = num_key_value_heads
+        self.num_query_heads = _as_given(num_query_heads, query_heads)
+        self.num_key_value_heads = _as_given(
+            num_key_value_heads, key_value_heads
+        )
         self.hidden_dim = hidden_dim
         self.intermediate_dim = intermediate_dim
         self.max_sequence_length = max_sequence_length
-        self.dropout = dropout
+        self.dropout = float(dropout)
         self.rope_max_wavelength = rope_max_wavelength
         self.rope_dtype = rope_dtype
         self.layer_norm_epsilon = layer_norm_epsilon
@@ -315,11 +316,8 @@ class BwETAFBackbone(LoraBackbone):
         return layout_map
 
 
-def _check_positive_int(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"`{name}` must be a positive int. Received: {name}={value!r}"
-        )
+def _positive(name, value):
+    return checked_number(name, value, lambda x: x > 0, "greater than 0")
 
 
 def _heads_per_layer(name, heads, num_layers):
@@ -331,9 +329,12 @@ def _heads_per_layer(name, heads, num_layers):
             f"`{name}` must be an int or hold one int for each of the "
             f"{num_layers} layers. Received: {name}={heads}"
         )
-    for value in heads:
-        _check_positive_int(name, value)
-    return heads
+    return [positive_int(name, value) for value in heads]
+
+
+def _as_given(given, heads):
+    """One number for all layers, if one was given, or that of each."""
+    return heads if isinstance(given, (list, tuple)) else heads[0]
 
 
 def _check_heads(query_heads, key_value_heads, hidden_dim):

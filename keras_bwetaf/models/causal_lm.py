@@ -10,12 +10,12 @@ from keras_hub.models import CausalLM
 import converters
 from converters import keras_folder
 from converters.hub import local_folder
+from keras_bwetaf.checks import checked_seed, is_int, positive_int
 from keras_bwetaf.generation.decoding import Decoder
 from keras_bwetaf.generation.generation import (
     Request,
     fit_to_context,
     generate_tokens,
-    is_int,
 )
 from keras_bwetaf.generation.sampling import (
     BwETAFSampler,
@@ -141,7 +141,7 @@ class BwETAFCausalLM(CausalLM):
         sampler = keras_hub.samplers.get(sampler)
         if not isinstance(sampler, BwETAFSampler):
             sampler = from_keras_hub(sampler)
-        _check_positive_int(
+        gradient_accumulation_steps = positive_int(
             "gradient_accumulation_steps", gradient_accumulation_steps
         )
         fuses_head_and_loss = _is_auto(loss) and not metrics
@@ -674,7 +674,9 @@ class BwETAFCausalLM(CausalLM):
                 "`stream` takes one prompt, a str. Use `generate` for a "
                 f"batch. Received: prompt={prompt!r}"
             )
-        _check_positive_int("tokens_per_dispatch", tokens_per_dispatch)
+        tokens_per_dispatch = positive_int(
+            "tokens_per_dispatch", tokens_per_dispatch
+        )
         request = self._request(
             self.preprocessor.tokenizer.tokenize([prompt]),
             max_length=max_length,
@@ -891,13 +893,6 @@ def _check_accumulation(optimizer):
         )
 
 
-def _check_positive_int(name, value):
-    if not is_int(value) or value < 1:
-        raise ValueError(
-            f"`{name}` must be a positive int. Received: {name}={value!r}"
-        )
-
-
 def _seeds(seed, num_rows):
     """One seed for each row."""
     if seed is None:
@@ -908,12 +903,7 @@ def _seeds(seed, num_rows):
             f"`seed` must be an int or hold one for each of the {num_rows} "
             f"prompts. Received: seed={seed}"
         )
-    if not all(is_int(value) and 0 <= value < 2**32 for value in seeds):
-        raise ValueError(
-            "`seed` must be an int from 0 to 2**32 - 1. Received: "
-            f"seed={seed!r}"
-        )
-    return seeds
+    return [checked_seed(value) for value in seeds]
 
 
 def _concatenate(batches):

@@ -2,7 +2,9 @@
 
 import keras
 import keras_hub
+import numpy as np
 
+from keras_bwetaf.checks import positive_int
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.tokenizer import BwETAFTokenizer
 
@@ -15,6 +17,9 @@ class BwETAFCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     token ids, each followed by the end token and padded, the same ids one
     position ahead, and a mask of what is not padding. `generate_preprocess()`
     and `generate_postprocess()` serve generation; a prompt gets no end token.
+    All of them work on NumPy arrays, also in a process that was forked, such
+    as a worker of PyTorch's `DataLoader`; and on tensors in a `tf.data`
+    pipeline.
 
     Args:
         tokenizer: A `BwETAFTokenizer`.
@@ -31,7 +36,8 @@ class BwETAFCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         sequence_length: int. Replaces the layer's.
 
     Raises:
-        ValueError: If `add_start_token` is `True`.
+        ValueError: If `add_start_token` is `True`, or `sequence_length` is no
+            positive int.
 
     Example:
 
@@ -61,12 +67,54 @@ class BwETAFCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             )
         super().__init__(
             tokenizer,
-            sequence_length=sequence_length,
+            sequence_length=positive_int("sequence_length", sequence_length),
             add_start_token=add_start_token,
             add_end_token=add_end_token,
             **kwargs,
         )
 
     def build(self, input_shape):
-        super().build(input_shape)
+        # The tokenizer may have got its file only now.
+        self.packer = _Packer(
+            self.sequence_length,
+            end_value=self.tokenizer.end_token_id,
+            pad_value=self.tokenizer.pad_token_id,
+            return_padding_mask=True,
+        )
         self.packer.build(input_shape)  # Keras asks whether all layers are.
+        self.built = True
+
+
+class _Packer(keras_hub.layers.StartEndPacker):
+    """KerasHub's packer, which gives NumPy arrays and not JAX's.
+
+    JAX's threads are not there in a process that was forked: what slices one
+    of its arrays there waits forever.
+    """
+
+    def call(
+        self,
+        inputs,
+        sequence_length=None,
+        add_start_value=True,
+        add_end_value=True,
+    ):
+        if self._use_tf_workflow():
+            return super().call(
+                inputs, sequence_length, add_start_value, add_end_value
+            )
+        is_one = isinstance(inputs, np.ndarray)  # The tokens of one text.
+        length = sequence_length or self.sequence_length
+        end = self.end_value if add_end_value else []
+        rows = [
+            [*row[: length - len(end)], *end]
+            for row in ([inputs] if is_one else inputs)
+        ]
+        token_ids = np.full((len(rows), length), self.pad_value, "int32")
+        padding_mask = np.zeros(token_ids.shape, "bool")
+        for i, row in enumerate(rows):
+            token_ids[i, : len(row)] = row
+            padding_mask[i, : len(row)] = True
+        if is_one:
+            return token_ids[0], padding_mask[0]
+        return token_ids, padding_mask

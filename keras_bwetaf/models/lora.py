@@ -14,6 +14,7 @@ from keras_hub.models import Backbone
 from safetensors.numpy import save
 
 from converters.files import new_file
+from keras_bwetaf.checks import checked_number, positive_int
 from keras_bwetaf.processes import gathered, in_first_process
 
 SUFFIX = ".safetensors"
@@ -81,14 +82,10 @@ class LoraBackbone(Backbone):
             target_layer_names = self.default_lora_layer_names()
         layers = self._layers_named(target_layer_names)
         _check_not_quantized(layers)
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(
-                f"`rank` must be a positive int. Received: rank={rank!r}"
-            )
-        if lora_alpha is not None and not lora_alpha > 0:
-            raise ValueError(
-                "`lora_alpha` must be greater than 0. Received: "
-                f"lora_alpha={lora_alpha!r}"
+        rank = positive_int("rank", rank)
+        if lora_alpha is not None:
+            lora_alpha = checked_number(
+                "lora_alpha", lora_alpha, lambda x: x > 0, "greater than 0"
             )
         if getattr(self, "_lora_was_merged", False):
             # A function compiled for other factors of the same shapes would

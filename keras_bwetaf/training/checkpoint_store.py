@@ -13,6 +13,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import keras
 
 from keras_bwetaf import processes
 from keras_bwetaf.data.optional import import_optional
@@ -22,6 +23,15 @@ OPTIMIZER = "optimizer"
 RUN = "run"
 # How many an error lists.
 MOST_DIFFERENCES = 10
+# What may change in an optimizer's configuration when a training goes on.
+NO_SETTINGS = (
+    "build_config",
+    "module",
+    "name",
+    "registered_name",
+    "total_steps",
+    "warmup_steps",
+)
 # A damaged checkpoint may be deleted, so what else can fail must not pass for
 # damage.
 NOT_DAMAGE = (ConnectionError, MemoryError, PermissionError, TimeoutError)
@@ -148,12 +158,15 @@ class CheckpointStore:
 
         Raises:
             DamagedCheckpointError: If files are damaged or missing.
-            ValueError: If the model has other variables.
+            ValueError: If the model has other variables, or its optimizer
+                other settings.
         """
         run = self._read_run(step)
         variables = _variables(model, include_optimizer)
         saved = {name: run["arrays"][name] for name in variables}
         self._check_variables(step, saved, variables)
+        if include_optimizer:
+            self._check_optimizer(step, run, model.optimizer)
         args = self._ocp.args
         items = {
             name: args.StandardRestore(
@@ -245,15 +258,62 @@ class CheckpointStore:
                     problems.append(
                         f"- {name}/{key}: saved {there}, model has {here}"
                     )
+        self._refuse(step, problems, "another model or optimizer")
+
+    def _check_optimizer(self, step, run, optimizer):
+        """Compares settings, if the checkpoint has them.
+
+        Raises:
+            ValueError: That lists the differences.
+        """
+        saved, here = run.get("optimizer", {}), optimizer_settings(optimizer)
+        problems = [
+            f"- {name}: saved {saved[name]!r}, optimizer has {here[name]!r}"
+            for name in here
+            if name in saved and saved[name] != here[name]
+        ]
+        self._refuse(step, problems, "an optimizer with other settings")
+
+    def _refuse(self, step, problems, received):
         num_more = len(problems) - MOST_DIFFERENCES
         if num_more > 0:
             problems[MOST_DIFFERENCES:] = [f"- and {num_more} more"]
         if problems:
             raise ValueError(
-                f"{self.folder / str(step)}: the checkpoint is of another "
-                "model or optimizer. Build and compile the model as it was, "
-                "or take another folder. Received:\n" + "\n".join(problems)
+                f"{self.folder / str(step)}: the checkpoint is of {received}. "
+                "Build and compile the model as it was, or take another "
+                "folder. Received:\n" + "\n".join(problems)
             )
+
+
+def optimizer_settings(optimizer):
+    """What was chosen for an optimizer, by name.
+
+    Its name and the length of the training are left out. So is a learning
+    rate that is a number once steps were taken: callbacks may have changed it.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`.
+
+    Returns:
+        dict that JSON can hold.
+    """
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    settings = dict(_leaves(keras.saving.serialize_keras_object(optimizer)))
+    if int(optimizer.iterations):
+        settings.pop("learning_rate", None)
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _leaves(value, path=()):
+    """Pairs of a name and what is in a configuration under it."""
+    if not isinstance(value, dict):
+        yield ".".join(path), value
+        return
+    for key, each in value.items():
+        if key not in NO_SETTINGS:
+            is_level = key == "config"
+            yield from _leaves(each, path if is_level else (*path, key))
 
 
 def _variables(model, include_optimizer=True):

@@ -14,9 +14,11 @@ import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from keras_bwetaf import processes
+from keras_bwetaf.checks import checked_int
 from keras_bwetaf.training.checkpoint_store import (
     CheckpointStore,
     DamagedCheckpointError,
+    optimizer_settings,
 )
 
 MODES = ("min", "max")
@@ -65,8 +67,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an argument is out of range. `fit` raises it, too, if
-            the latest checkpoint is damaged, or if the model, the optimizer,
-            the data or `steps_per_epoch` are not as they were.
+            the latest checkpoint is damaged, or if the model, the optimizer
+            and its settings, such as the learning rate, the data or
+            `steps_per_epoch` are not as they were.
 
     Example:
 
@@ -98,16 +101,6 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         on_damage="raise",
     ):
         super().__init__()
-        for name, value, smallest in (
-            ("save_every", save_every, 1),
-            ("keep_last", keep_last, 1),
-            ("keep_best", keep_best, 0),
-        ):
-            if not isinstance(value, int) or value < smallest:
-                raise ValueError(
-                    f"`{name}` must be an int of at least {smallest}. "
-                    f"Received: {name}={value!r}"
-                )
         for name, value, values in (
             ("mode", mode, MODES),
             ("on_damage", on_damage, ON_DAMAGE),
@@ -118,9 +111,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                     f"{name}={value!r}"
                 )
         self.folder = Path(os.path.abspath(folder))
-        self.save_every = save_every
-        self.keep_last = keep_last
-        self.keep_best = keep_best
+        self.save_every = checked_int("save_every", save_every, 1)
+        self.keep_last = checked_int("keep_last", keep_last, 1)
+        self.keep_best = checked_int("keep_best", keep_best, 0)
         self.monitor = monitor
         self.mode = mode
         self.on_damage = on_damage
@@ -234,6 +227,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 "logs": logs,
                 "metrics": _metrics(self.model) if self._step_in_epoch else [],
                 "callbacks": _states(self._others),
+                "optimizer": self._optimizer,
             },
         )
         if not is_saved:
@@ -301,15 +295,12 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         # Keras's own comes of a `fit` before.
         model.stop_training = False
         with self._catch_sigterm(), self._open_store(create=True) as store:
+            self._optimizer = optimizer_settings(model.optimizer)
             self._restored = self._restore_latest(store, model)
             if self._restored:
                 self._take_over(self._restored)
                 store.delete_after(self._step)  # What is damaged.
-                if verbose and processes.is_first_process():
-                    print(
-                        f"{self.folder}: going on after step {self._step}, "
-                        f"with {self._epoch} of {epochs} epochs complete."
-                    )
+                self._tell(epochs, verbose)
             self._store = store
             training = _OneTraining(
                 [*self._others, self],
@@ -340,6 +331,19 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if self._is_terminated:  # While the last checkpoint was written.
             self._exit()
         return history
+
+    def _tell(self, epochs, verbose):
+        """Says what is left. That nothing is must not go unnoticed."""
+        is_left = any(self._parts(epochs))
+        if processes.is_first_process() and (verbose or not is_left):
+            done = f"after step {self._step}, with {self._epoch} of {epochs} "
+            print(
+                f"{self.folder}: going on {done}epochs complete."
+                if is_left
+                else f"{self.folder}: nothing is left to train {done}epochs "
+                "complete. To go on, pass a larger `epochs`; to begin anew, "
+                "another folder."
+            )
 
     def _check_arguments(self, model, batches, callbacks, steps_per_epoch):
         if batches is None or not steps_per_epoch:
@@ -398,6 +402,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._step = run["step"]
         self._epoch = run["epoch"]
         self._step_in_epoch = run["step_in_epoch"]
+        self._optimizer = run.get("optimizer", self._optimizer)
         # There may be no step left, and so no `on_train_begin`.
         _set_states(self._others, run["callbacks"])
 

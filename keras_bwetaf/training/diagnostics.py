@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from keras_bwetaf.checks import positive_int
 from keras_bwetaf.training.train_step import (
     nonzero,
     token_batch,
@@ -161,11 +162,7 @@ def rank_rows(lm, dataset, batch_size=8):
     lm.fit({name: x[indices] for name, x in rows.items()}, shuffle=False)
     ```
     """
-    if batch_size < 1:
-        raise ValueError(
-            "`batch_size` must be a positive int. Received: batch_size="
-            f"{batch_size}"
-        )
+    batch_size = positive_int("batch_size", batch_size)
     if hasattr(dataset, "shape"):
         dataset = {
             "token_ids": dataset,

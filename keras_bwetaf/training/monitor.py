@@ -14,6 +14,7 @@ import rich.table
 
 from converters.files import new_file
 from keras_bwetaf import processes
+from keras_bwetaf.checks import positive_int
 from keras_bwetaf.data.optional import import_optional
 from keras_bwetaf.layers.attention import chosen_attention
 from keras_bwetaf.training.hardware import flops_per_token, peak_flops
@@ -22,23 +23,29 @@ from keras_bwetaf.training.statistics import Statistics
 from keras_bwetaf.training.train_step import STEP_VALUE_NAMES
 
 REFRESH_SECONDS = 1.0
+LINE_WIDTH = 80
+VALIDATION = "validation loss"
 
 
 class Monitor(keras.callbacks.Callback):
     """Shows how a training goes, writes it down, stops it if it breaks.
 
     In a terminal, a table is renewed every second, and leaves a line at the
-    end of each epoch. Elsewhere, lines are all there is. They tell the step,
-    its loss and the exponential mean of losses, the norm of the gradient
-    before it is clipped, the learning rate, how many tokens counted in the
-    loss so far and per second, the share of the devices' peak that this makes
-    use of (see `keras_bwetaf.training.hardware`), the time left, the last
-    validation loss, how long the first step took, which compiles and counts
-    in no speed, and the kernel of attention.
+    end of each epoch. In a notebook, the table stays, above the plot of the
+    losses. Elsewhere, lines are all there is. The table tells the step, its
+    loss, the last validation loss, the time left, how many tokens count in
+    the loss per second, the share of the devices' peak that this makes use of
+    (see `keras_bwetaf.training.hardware`), the norm of the gradient before it
+    is clipped, the learning rate, the exponential mean of losses, the tokens
+    so far, how long the first step took, which compiles and counts in no
+    speed, and the kernel of attention. A line tells as much of it as fits 80
+    columns, from the step on.
 
     At the end of every epoch, it writes `stats.json`, with the keys of the
-    original package, and `losses.png` to the folder. The epoch's logs, which
-    `History` and `TensorBoard` read, get `gradient_norm`, its mean, and
+    original package, and `losses.png` to the folder. Of a training of more
+    than 20,000 steps, values of every second, fourth, ... step are kept; all
+    steps count in sums and means. The epoch's logs, which `History` and
+    `TensorBoard` read, get `gradient_norm`, its mean, and
     `tokens_per_second`. Callbacks that stand before this one in the list do
     not see them.
 
@@ -76,21 +83,14 @@ class Monitor(keras.callbacks.Callback):
 
     def __init__(self, folder=None, total_steps=None, every=100):
         super().__init__()
-        for name, value in (
-            ("total_steps", 1 if total_steps is None else total_steps),
-            ("every", every),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"`{name}` must be a positive int. Received: "
-                    f"{name}={value!r}"
-                )
+        if total_steps is not None:
+            total_steps = positive_int("total_steps", total_steps)
         if folder is not None:
             import_optional("matplotlib", "train", "`Monitor` with a folder")
             folder = Path(folder).resolve()
         self.folder = folder
         self.total_steps = total_steps
-        self.every = every
+        self.every = positive_int("every", every)
         self.statistics = Statistics()
         self._display = _Display()
         self._step = None  # The optimizer's, once training goes on.
@@ -114,6 +114,7 @@ class Monitor(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         model = self._model
         self._restart()
+        self._display.begin()
         self._is_first_process = processes.is_first_process()
         weight = model.trainable_variables[0].value
         device = next(iter(weight.sharding.device_set))
@@ -128,13 +129,12 @@ class Monitor(keras.callbacks.Callback):
         self._compiles = True
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._num_steps_before = len(self.statistics)
         self._clock = time.perf_counter()
 
     def on_train_batch_begin(self, batch, logs=None):
+        if batch == 0:  # A training may go on within an epoch.
+            self.statistics.begin_epoch()
         if self._step is None:
-            # A training that goes on may have begun this epoch before.
-            self._num_steps_before = max(len(self.statistics) - batch, 0)
             self._step = int(self._model.optimizer.iterations)
             batches = getattr(self._model, "train_batches", None)
             # From the steps before a batch to the number of the batch.
@@ -231,43 +231,49 @@ class Monitor(keras.callbacks.Callback):
     # === What is shown and written ===
 
     def _fields(self):
-        """A dict of name to text."""
+        """A dict of name to text. What matters most stands first."""
         statistics = self.statistics
         total = f"/{self.total_steps:,}" if self.total_steps else ""
-        norm = statistics.last("gradient_norm")
         fields = {
             "step": f"{self._step:,}{total}",
             "loss": f"{statistics.last('loss'):.4f}",
-            "smoothed": f"{statistics.smoothed_loss:.4f}",
-            "gradient norm": "not finite" if norm is None else f"{norm:.3g}",
-            "learning rate": f"{statistics.last('learning_rate'):.3g}",
-            "tokens": f"{statistics.total_tokens:,}",
         }
-        speed = statistics.tokens_per_second()
-        if speed is not None:
-            fields["tokens/s"] = f"{speed:,.0f}"
-            fields["MFU"] = "n/a"
-            if self._peak:
-                share = speed * self._flops_per_token / self._peak
-                fields["MFU"] = f"{share:.1%}"
-            if self.total_steps:
-                steps = max(self.total_steps - self._step, 0)
-                left = round(steps * statistics.seconds_per_step())
-                fields["left"] = str(datetime.timedelta(seconds=left))
         loss = statistics.last("val_loss")
         if loss is not None:
-            fields["validation loss"] = f"{loss:.4f}"
-        fields["first step"] = f"{statistics.compile_seconds:.1f} s"
-        fields["attention"] = self._attention
+            fields[VALIDATION] = f"{loss:.4f}"
+        fields |= self._speed()
+        norm = statistics.last("gradient_norm")
+        return fields | {
+            "gradient norm": "not finite" if norm is None else f"{norm:.3g}",
+            "learning rate": f"{statistics.last('learning_rate'):.3g}",
+            "smoothed": f"{statistics.smoothed_loss:.4f}",
+            "tokens": f"{statistics.totals.tokens:,}",
+            "first step": f"{statistics.compile_seconds:.1f} s",
+            "attention": self._attention,
+        }
+
+    def _speed(self):
+        """The fields that are known once a step did not compile."""
+        speed = self.statistics.tokens_per_second()
+        if speed is None:
+            return {}
+        fields = {}
+        if self.total_steps:
+            steps = max(self.total_steps - self._step, 0)
+            left = round(steps * self.statistics.seconds_per_step())
+            fields["left"] = str(datetime.timedelta(seconds=left))
+        fields["tokens/s"] = f"{speed:,.0f}"
+        fields["MFU"] = "n/a"
+        if self._peak:
+            share = speed * self._flops_per_token / self._peak
+            fields["MFU"] = f"{share:.1%}"
         return fields
 
     def _epoch_logs(self):
-        first = self._num_steps_before
-        norms = self.statistics.entries["gradient_norm"][first:]
-        norms = [norm for norm in norms if norm is not None]
-        speed = self.statistics.tokens_per_second(len(self.statistics) - first)
+        epoch = self.statistics.epoch
+        norm, speed = epoch.mean_gradient_norm(), epoch.tokens_per_second()
         return {
-            "gradient_norm": sum(norms) / len(norms) if norms else math.nan,
+            "gradient_norm": math.nan if norm is None else norm,
             "tokens_per_second": math.nan if speed is None else speed,
         }
 
@@ -277,7 +283,8 @@ class Monitor(keras.callbacks.Callback):
             statistics = self.statistics.write(
                 self.folder, self.folder.name, self._model.count_params()
             )
-            plot_losses(statistics, self.folder / LOSSES)
+            picture = plot_losses(statistics, self.folder / LOSSES)
+            self._display.show_picture(picture)
 
     # === What must not be ===
 
@@ -334,17 +341,23 @@ class Monitor(keras.callbacks.Callback):
 
 
 class _Display:
-    """A table that renews itself in a terminal, and lines.
+    """A table that renews itself in a terminal or a notebook; or lines.
 
-    The table is there during an epoch only, so that others can print between
-    epochs, and an interrupt finds the terminal as it should be.
+    In a terminal it is there during an epoch only, so that others can print
+    between epochs, and an interrupt finds the terminal as it should be.
     """
 
     def __init__(self):
         self._console = rich.console.Console(highlight=False)
+        self._is_live = self._console.is_terminal or self._console.is_jupyter
         self._live = None
         self._shown_at = -math.inf
-        self._line = None  # That was printed last.
+        self.begin()
+
+    def begin(self):
+        """Forgets the training before."""
+        self._line = None  # To print, unless the epoch ends with its step.
+        self._table, self._picture = _Output(), _Output()
 
     def update(self, fields, is_line_due):
         """Shows fields if it is time.
@@ -355,14 +368,19 @@ class _Display:
             is_line_due: bool. Whether to print a line, if that is all that
                 can be shown.
         """
-        if not self._console.is_terminal:
+        if not self._is_live:
+            self._print_line()
             if is_line_due:
-                self._print(fields())
+                self._line = _line({**fields(), VALIDATION: None})
             return
         now = time.monotonic()
         if now < self._shown_at + REFRESH_SECONDS:
             return
         self._shown_at = now
+        table = _table(fields())
+        if self._console.is_jupyter:
+            self._table.show(table)
+            return
         if self._live is None:
             self._live = rich.live.Live(
                 console=self._console,
@@ -373,24 +391,60 @@ class _Display:
             )
             self._live.start()
             self._console.show_cursor(True)  # Should nobody stop it.
-        self._live.update(_table(fields()), refresh=True)
+        self._live.update(table, refresh=True)
 
     def close(self, fields):
-        """Puts a line in the place of the table."""
+        """Shows the last fields of an epoch: a line, or the notebook's table.
+
+        Args:
+            fields: dict of name to text.
+        """
+        if self._console.is_jupyter:
+            self._table.show(_table(fields))
+            return
+        self._line = _line(fields)
         self.stop()
-        self._print(fields)
+
+    def show_picture(self, picture):
+        """Shows a picture, in a notebook."""
+        if self._console.is_jupyter:
+            self._picture.show(picture)
 
     def stop(self):
-        """Takes the table away."""
+        """Takes the terminal's table away, and prints what is to be."""
         if self._live is not None:
             self._live.stop()
             self._live = None
+        self._print_line()
 
-    def _print(self, fields):
-        line = "  ".join(f"{name} {text}" for name, text in fields.items())
-        if line != self._line:
-            self._console.print(line, markup=False, soft_wrap=True)
-        self._line = line
+    def _print_line(self):
+        if self._line is not None:
+            self._console.print(self._line, markup=False, soft_wrap=True)
+        self._line = None
+
+
+class _Output:
+    """An output of a notebook's cell, which is renewed in its place."""
+
+    def __init__(self):
+        self._handle = None
+
+    def show(self, value):
+        """Shows a value in the place of the one before."""
+        if self._handle is None:
+            from IPython.display import display
+
+            self._handle = display(value, display_id=True)
+        else:
+            self._handle.update(value)
+
+
+def _line(fields):
+    """As many fields as fit, the first of which matter most."""
+    parts = [f"{name} {text}" for name, text in fields.items() if text]
+    while len("  ".join(parts)) > LINE_WIDTH:
+        parts.pop()
+    return "  ".join(parts)
 
 
 def _table(fields):

@@ -12,6 +12,24 @@ LOSSES = "losses.png"
 RAW, SMOOTHED, VALIDATION = "tab:blue", "tab:blue", "tab:red"
 
 
+class Picture(type(Path())):
+    """The path of a picture. As the value of a notebook's cell, it is shown."""
+
+    def _repr_png_(self):
+        return self._content(".png")
+
+    def _repr_jpeg_(self):
+        return self._content(".jpg")
+
+    def _repr_svg_(self):
+        content = self._content(".svg")
+        return content and content.decode()
+
+    def _content(self, ending):
+        is_shown = self.suffix == ending and self.is_file()
+        return self.read_bytes() if is_shown else None
+
+
 def plot_losses(source, path=None):
     """Draws the losses of a training, and its learning rate.
 
@@ -26,7 +44,7 @@ def plot_losses(source, path=None):
             Defaults to `losses.png` in the folder.
 
     Returns:
-        Path of the picture.
+        Path of the picture, which is shown as the value of a notebook's cell.
 
     Raises:
         ValueError: If there are no losses, or no path for a dict.
@@ -101,7 +119,7 @@ def plot_statistics(statistics, path, quantity="norm"):
         quantity: str. A column of the table. Defaults to `"norm"`.
 
     Returns:
-        Path of the picture.
+        Path of the picture, which is shown as the value of a notebook's cell.
 
     Raises:
         ValueError: If there is no such quantity.
@@ -143,7 +161,7 @@ def _figure(size, num_rows=1, heights=(1,)):
 
 
 def _save(figure, path):
-    path = Path(path)
+    path = Picture(path)
     with new_file(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
     return path

@@ -1,11 +1,11 @@
 """Optimizers with their settings, by name."""
 
 import math
-import numbers
 
 import keras
 from keras import ops
 
+from keras_bwetaf.checks import is_number
 from keras_bwetaf.training.optimizer import AdamW
 
 RECIPES = {
@@ -86,9 +86,7 @@ def recipe(name, total_steps, **changes):
     for key, default in RECIPES[name].items():
         value = settings[key]
         is_left_out = value is None and key in OPTIONAL
-        if isinstance(default, float) and not (
-            is_left_out or isinstance(value, numbers.Real)
-        ):
+        if isinstance(default, float) and not (is_left_out or is_number(value)):
             raise ValueError(
                 f"`{key}` must be a number. Received: {key}={value!r} of type "
                 f"{type(value).__name__}"

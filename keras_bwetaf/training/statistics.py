@@ -1,6 +1,9 @@
 """The course of a training: kept, written, read."""
 
+import collections
 import copy
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -13,6 +16,7 @@ STEPS = ("step", "loss", "gradient_norm", "learning_rate", "tokens", "seconds")
 VALIDATIONS = ("val_step", "val_loss")
 SMOOTHING = 0.95  # A mean over about the last 20 steps.
 WINDOW = 50  # The steps whose speed is shown.
+MOST_STEPS = 20_000  # That are kept and written.
 
 
 class ExponentialMean:
@@ -32,6 +36,15 @@ class ExponentialMean:
         self._weight += (1 - self._decay) * (1 - self._weight)
         return self._sum / self._weight
 
+    def get_state(self):
+        """A list that can be written as JSON."""
+        return [self._sum, self._weight]
+
+    def set_state(self, state):
+        """Goes on from a state, and returns its mean, `None` at the start."""
+        self._sum, self._weight = state
+        return self._sum / self._weight if self._weight else None
+
 
 def smooth(values, decay=SMOOTHING):
     """The exponential mean up to each value.
@@ -47,8 +60,42 @@ def smooth(values, decay=SMOOTHING):
     return [mean.update(value) for value in values]
 
 
+@dataclasses.dataclass
+class Totals:
+    """Sums over steps. A step that compiles counts in no time or speed."""
+
+    tokens: int = 0
+    timed_tokens: int = 0
+    seconds: float = 0.0
+    gradient_norm: float = 0.0
+    num_gradient_norms: int = 0
+
+    def add(self, tokens, seconds, gradient_norm):
+        """Adds a step, whose `None` are what it does not have."""
+        self.tokens += tokens
+        if seconds is not None:
+            self.timed_tokens += tokens
+            self.seconds += seconds
+        if gradient_norm is not None:
+            self.gradient_norm += gradient_norm
+            self.num_gradient_norms += 1
+
+    def tokens_per_second(self):
+        """float, or `None` without a step that has a time."""
+        return self.timed_tokens / self.seconds if self.seconds else None
+
+    def mean_gradient_norm(self):
+        """float, or `None` without a gradient that is finite."""
+        number = self.num_gradient_norms
+        return self.gradient_norm / number if number else None
+
+
 class Statistics:
-    """Values of every step and of every validation.
+    """Values of steps and of every validation.
+
+    However long the training, values of `MOST_STEPS` steps at most are kept:
+    when there are more, of every second step, then of every fourth, and so
+    on. All steps count in sums and means.
 
     Attributes:
         entries: dict of lists. Of steps, `"step"`, their numbers from 1;
@@ -56,20 +103,29 @@ class Statistics:
             not finite; `"learning_rate"`; `"tokens"` that count in the
             loss; and `"seconds"`, `None` for the first step of a `fit`, which
             compiles. Of validations, `"val_step"` and `"val_loss"`.
-        compile_seconds: float. What these first steps took.
-        total_tokens: int.
+        stride: int. Values of every so many steps are kept.
+        compile_seconds: float. What the first steps took.
         smoothed_loss: float or `None`.
+        totals: `Totals` of all steps.
+        epoch: `Totals` of the steps since `begin_epoch`.
     """
 
     def __init__(self):
         self.entries = {name: [] for name in STEPS + VALIDATIONS}
+        self.stride = 1
         self.compile_seconds = 0.0
-        self.total_tokens = 0
         self.smoothed_loss = None
+        self.totals, self.epoch = Totals(), Totals()
         self._mean = ExponentialMean()
+        self._last = {}
+        self._window = collections.deque(maxlen=WINDOW)
 
     def __len__(self):
         return len(self.entries["step"])
+
+    def begin_epoch(self):
+        """Has `epoch` begin anew."""
+        self.epoch = Totals()
 
     def add_step(
         self,
@@ -94,9 +150,7 @@ class Statistics:
         """
         if compiles:
             self.compile_seconds += seconds
-        self.total_tokens += int(tokens)
-        self.smoothed_loss = self._mean.update(float(loss))
-        self._append(
+        self._add(
             step=step,
             loss=_short(loss),
             gradient_norm=_short(gradient_norm),
@@ -105,51 +159,83 @@ class Statistics:
             seconds=None if compiles else round(seconds, 6),
         )
 
-    def add_validation(self, step, loss):
-        """Adds the loss of a validation after a step."""
-        self._append(val_step=step, val_loss=_short(loss))
+    def _add(self, **values):
+        self._last.update(values)
+        self.smoothed_loss = self._mean.update(values["loss"])
+        sums = [values[key] for key in ("tokens", "seconds", "gradient_norm")]
+        self.totals.add(*sums)
+        self.epoch.add(*sums)
+        self._window.append((values["tokens"], values["seconds"]))
+        if values["step"] % self.stride == 0:
+            self._append(values)
+        if len(self) > MOST_STEPS:
+            self._thin()
 
-    def _append(self, **values):
+    def _append(self, values):
         for name, value in values.items():
             self.entries[name].append(value)
 
-    def last(self, name):
-        """The last value of a list, or `None`."""
-        return self.entries[name][-1] if self.entries[name] else None
+    def _thin(self):
+        self.stride *= 2
+        are_kept = [step % self.stride == 0 for step in self.entries["step"]]
+        for name in STEPS:
+            values = itertools.compress(self.entries[name], are_kept)
+            self.entries[name] = list(values)
 
-    def tokens_per_second(self, num_steps=WINDOW):
+    def add_validation(self, step, loss):
+        """Adds the loss of a validation after a step."""
+        values = {"val_step": step, "val_loss": _short(loss)}
+        self._last.update(values)
+        self._append(values)
+
+    def last(self, name):
+        """The last value of a step or validation, or `None`."""
+        return self._last.get(name)
+
+    def tokens_per_second(self):
         """Over the last steps, without those that compiled, or `None`."""
-        tokens, seconds = self._timed(num_steps)
+        tokens, seconds = self._timed()
         return sum(tokens) / sum(seconds) if seconds else None
 
-    def seconds_per_step(self, num_steps=WINDOW):
+    def seconds_per_step(self):
         """Over the last steps, without those that compiled, or `None`."""
-        _, seconds = self._timed(num_steps)
+        _, seconds = self._timed()
         return sum(seconds) / len(seconds) if seconds else None
 
-    def _timed(self, num_steps):
-        first = max(len(self) - num_steps, 0)
-        tokens = self.entries["tokens"][first:]
-        seconds = self.entries["seconds"][first:]
-        pairs = zip(tokens, seconds, strict=True)
-        pairs = [pair for pair in pairs if pair[1] is not None]
+    def _timed(self):
+        pairs = [pair for pair in self._window if pair[1] is not None]
         return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
     def get_state(self):
         """A dict that can be written as JSON, and that nothing changes."""
         return {
             "entries": copy.deepcopy(self.entries),
+            "stride": self.stride,
             "compile_seconds": self.compile_seconds,
+            "totals": dataclasses.asdict(self.totals),
+            "epoch": dataclasses.asdict(self.epoch),
+            "mean": self._mean.get_state(),
         }
 
     def set_state(self, state):
         """Goes on from what `get_state` returned."""
         self.__init__()
-        self.entries.update(copy.deepcopy(state["entries"]))
+        entries = copy.deepcopy(state["entries"])
+        if "totals" in state:
+            self.stride = state["stride"]
+            self.totals = Totals(**state["totals"])
+            self.epoch = Totals(**state["epoch"])
+            self.smoothed_loss = self._mean.set_state(state["mean"])
+            self.entries.update(entries)
+        else:  # Of an earlier version: these are all steps.
+            for values in zip(*(entries[name] for name in STEPS), strict=True):
+                self._add(**dict(zip(STEPS, values, strict=True)))
+            self.entries.update({name: entries[name] for name in VALIDATIONS})
         self.compile_seconds = state["compile_seconds"]
-        self.total_tokens = sum(self.entries["tokens"])
-        for loss in self.entries["loss"]:
-            self.smoothed_loss = self._mean.update(loss)
+        self._last = {
+            name: values[-1] for name, values in self.entries.items() if values
+        }
+        self._window.clear()  # Speed may be another one now.
 
     def write(self, folder, name, num_params):
         """Writes `stats.json`, at once.
@@ -167,17 +253,16 @@ class Statistics:
             dict, as `read_statistics` reads it.
         """
         entries = self.entries
-        seconds = sum(s for s in entries["seconds"] if s is not None)
         statistics = {
             "name": name,
             "num_params": num_params,
-            "total tokens": self.total_tokens,
-            "total time": seconds + self.compile_seconds,
+            "total tokens": self.totals.tokens,
+            "total time": self.totals.seconds + self.compile_seconds,
             "loss": [entries["loss"]],
             "val_loss": [entries["val_loss"]],
             "lr": [max(entries["learning_rate"], default=0.0)],
             "compile time": self.compile_seconds,
-            "tokens per second": self.tokens_per_second(len(self)),
+            "tokens per second": self.totals.tokens_per_second(),
         }
         for key in (*STEPS, *VALIDATIONS):
             statistics.setdefault(key, [entries[key]])

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import tokenizers
 
+from keras_bwetaf.data import load_packed, packing, worker
 from keras_bwetaf.data import pack as pack_
-from keras_bwetaf.data import packing, worker
 from keras_bwetaf.data.index import read_index, tokenizer_digest
 from keras_bwetaf.models import BwETAFTokenizer
 from tests.data.conftest import make_documents
@@ -290,6 +290,28 @@ def test_other_settings(documents, tokenizer, other_tokenizer, tmp_path):
         pack(documents, tmp_path, tokenizer, shard_size=5)
     pack(documents[:9], tmp_path, other_tokenizer, overwrite=True)
     assert read_index(tmp_path)["source"]["documents"] == 9
+
+
+def test_numbers_of_numpy(documents, tokenizer, tmp_path):
+    """As Python's, also in the index."""
+    pack(
+        documents[:9],
+        tmp_path,
+        tokenizer,
+        num_workers=np.int64(1),
+        shard_size=np.int32(SHARD_SIZE),
+        max_tokens=np.uint16(40),
+        validation_fraction=np.float32(0.5),
+    )
+    index = read_index(tmp_path)
+    assert (index["shard_size"], index["max_tokens"]) == (SHARD_SIZE, 40)
+    batches = load_packed(
+        [(tmp_path, np.int64(4)), (tmp_path, None)],
+        sequence_length=np.int64(8),
+        batch_size=np.int64(2),
+        seed=np.uint32(3),
+    )
+    assert next(iter(batches))["token_ids"].shape == (2, 8)
 
 
 def test_overwriting_leaves_nothing_behind(documents, tokenizer, tmp_path):

@@ -143,6 +143,14 @@ def test_rotary_embedding(width):
     np.testing.assert_array_equal(flipped, expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 16), (0, 4, 16)])
+def test_no_rows_or_no_tokens(shape):
+    """The first layer behind the embedding says so."""
+    layer = RotaryEmbedding(max_wavelength=10000.0, rope_dtype=None)
+    with pytest.raises(ValueError, match="at least one token. Received: inp"):
+        layer(np.zeros(shape, "float32"))
+
+
 @pytest.mark.parametrize("precision", [None, "bfloat16"])
 def test_rms_normalization(precision, block_params):
     params = block_params["ln1"]

@@ -1,5 +1,7 @@
 import inspect
+import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -113,9 +115,25 @@ def test_initial_weights():
         ({"layer_norm_epsilon": 0}, "`layer_norm_epsilon` must be greater"),
         ({"initializer_range": -1}, "`initializer_range` must be greater"),
         ({"embedding_initializer_range": -1}, "must be greater than 0"),
+        ({"embedding_initializer_range": 0}, "must be greater than 0"),
+        ({"layer_norm_epsilon": "small"}, "`layer_norm_epsilon` must be .*'s"),
+        ({"dropout": "none"}, "`dropout` is the share.*dropout='none'"),
         ({"rope_max_wavelength": 0}, "`rope_max_wavelength` must be greater"),
     ],
 )
 def test_wrong_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         BwETAFBackbone(**{**TINY, **changes})
+
+
+def test_numbers_of_numpy_and_jax():
+    """A configuration of them is one of Python's numbers."""
+    numbers = {
+        name: np.int64(value) if isinstance(value, int) else value
+        for name, value in TINY.items()
+    }
+    numbers |= {"dropout": np.float32(0.5), "hidden_dim": jnp.int32(16)}
+    config = BwETAFBackbone(**numbers).get_config()
+    expected = BwETAFBackbone(**{**TINY, "dropout": 0.5}).get_config()
+    del config["name"], expected["name"]
+    assert json.dumps(config) == json.dumps(expected)

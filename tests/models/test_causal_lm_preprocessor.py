@@ -1,8 +1,10 @@
 """Rows for training, prompts for generation, and text back from ids."""
 
 import json
+import multiprocessing
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -73,6 +75,66 @@ def test_a_prompt_cannot_hold_the_end_token(tokenizer, preprocessor):
     length = np.int32(prompt["padding_mask"]).sum()
     assert tokenizer.end_token_id not in prompt["token_ids"][:length]
     assert preprocessor.generate_postprocess(prompt) == "a<|EOS|>"
+
+
+@pytest.mark.parametrize("length", [1, 3, 12])
+@pytest.mark.parametrize("texts", [TEXTS[0], "", TEXTS, [TEXTS[0], ""]])
+def test_keras_hubs_own_arrays(tokenizer, texts, length):
+    ours, theirs = (
+        kind(tokenizer, sequence_length=length, add_start_token=False)
+        for kind in (
+            BwETAFCausalLMPreprocessor,
+            keras_hub.models.CausalLMPreprocessor,
+        )
+    )
+    for layer in (ours, theirs):
+        layer.build(None)
+    for method in ("__call__", "generate_preprocess"):
+        received, expected = (
+            keras.tree.map_structure(np.asarray, getattr(layer, method)(texts))
+            for layer in (ours, theirs)
+        )
+        keras.tree.map_structure(
+            np.testing.assert_array_equal, received, expected
+        )
+        keras.tree.map_structure(
+            lambda a, b: np.testing.assert_equal(a.dtype, b.dtype),
+            received,
+            expected,
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_in_a_process_that_was_forked(preprocessor):
+    """As PyTorch's `DataLoader` does; JAX's threads are not there."""
+
+    def work():
+        prompts = preprocessor.generate_preprocess(TEXTS)
+        return (
+            preprocessor(TEXTS),
+            preprocessor(TEXTS[0], sequence_length=5),
+            prompts,
+            preprocessor.generate_postprocess(prompts),
+        )
+
+    expected = work()
+    fork = multiprocessing.get_context("fork")
+    receiving, sending = fork.Pipe(duplex=False)
+    process = fork.Process(target=lambda: sending.send(work()))
+    process.start()
+    try:
+        assert receiving.poll(60)
+        received = receiving.recv()
+    finally:
+        process.kill()
+        process.join()
+    keras.tree.map_structure(np.testing.assert_array_equal, received, expected)
+
+
+@pytest.mark.parametrize("length", [0, -1, 8.0, "8", True])
+def test_the_length_is_a_positive_int(tokenizer, length):
+    with pytest.raises(ValueError, match="`sequence_length` must be a posit"):
+        BwETAFCausalLMPreprocessor(tokenizer, sequence_length=length)
 
 
 def test_there_is_no_start_token(tokenizer):

@@ -418,6 +418,8 @@ def test_what_a_file_would_lose_is_refused(tmp_path):
         (dict(rank=2, target_layer_names=[]), r"Received: .*=\[\]"),
         (dict(rank=2, target_layer_names="query"), "must be a list of names"),
         (dict(rank=2, lora_alpha=0), "Received: lora_alpha=0"),
+        (dict(rank=2, lora_alpha="1"), "Received: lora_alpha='1'"),
+        (dict(rank=True), "`rank` must be a positive int. Received: rank=True"),
     ],
 )
 def test_wrong_arguments(arguments, message):

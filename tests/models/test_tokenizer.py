@@ -210,6 +210,9 @@ def test_training_names_its_special_tokens():
         (("text", 300), r"texts='text'"),
         ((["text", 5], 300), r"texts\[1\]=5 of type int"),
         ((["text"], 257), "at least 258.*vocabulary_size=257"),
+        ((["text"], "300"), "at least 258.*vocabulary_size='300'"),
+        ((["text"], 300.0), "at least 258.*vocabulary_size=300.0"),
+        ((b"text", 300), "texts=b'text'"),
     ],
 )
 def test_training_explains_errors(arguments, message):
@@ -217,7 +220,37 @@ def test_training_explains_errors(arguments, message):
         train_tokenizer(*arguments)
 
 
-@pytest.mark.parametrize("special_tokens", [["<e>"], ["<e>", "<e>"]])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"min_frequency": -1}, "`min_frequency` must be an int of.*=-1"),
+        ({"min_frequency": 1.5}, "`min_frequency` must be an int of"),
+        ({"special_tokens": "ab"}, "must be a list or tuple of str.*'ab'"),
+        ({"special_tokens": ["<e>", 1]}, "must be a list or tuple of str"),
+        ({"special_tokens": None}, "must be a list or tuple of str"),
+    ],
+)
+def test_training_checks_first(arguments, message):
+    """Before it reads the texts."""
+    with pytest.raises(ValueError, match=message):
+        train_tokenizer(iter(lambda: 1 / 0, None), 300, **arguments)
+
+
+def test_training_cuts_what_nothing_breaks():
+    """Or it takes minutes. The tokenizer itself cuts nothing."""
+    text = "ab" * 2**14
+    trained = train_tokenizer([text], np.int64(300), min_frequency=2)
+    lengths = [len(token) for token in trained.get_vocabulary()]
+    assert max(lengths) == 4096
+    assert trained.detokenize(trained(text)) == text
+    plain = train_tokenizer(CORPUS, 300)
+    for specification in map(json.loads, (trained.content, plain.content)):
+        assert specification["pre_tokenizer"]["type"] == "ByteLevel"
+
+
+@pytest.mark.parametrize(
+    "special_tokens", [["<e>"], ["<e>", "<e>"], ["<e>", ""]]
+)
 def test_training_needs_two_special_tokens(special_tokens):
     with pytest.raises(ValueError, match="must be different strings"):
         train_tokenizer(CORPUS, 400, special_tokens=special_tokens)
@@ -259,7 +292,9 @@ def test_accents_cannot_smuggle_a_special_token(original, tokenizer):
     assert 0 not in ids
 
 
-@pytest.mark.parametrize("allowed", [EOS, {"<s>"}, [EOS, "<s>"]])
+@pytest.mark.parametrize(
+    "allowed", [EOS, {"<s>"}, [EOS, "<s>"], 5, None, [[EOS]], b"all"]
+)
 def test_allowed_special_is_checked(tokenizer, allowed):
     with pytest.raises(ValueError, match="`allowed_special` must be"):
         tokenizer.tokenize("text", allowed_special=allowed)
@@ -310,12 +345,15 @@ def test_ids_of_any_kind_give_the_same_text(tokenizer):
         (["text", None], "of type NoneType"),
         ([["text"]], "of type list"),
         (np.ones(2), "of type float"),
+        (b"\xff", r"that are UTF-8. Received: b'\\xff', whose byte 0 is"),
+        (["fine", b"a\xc3"], r"Received: b'a\\xc3', whose byte 1 is no UTF"),
         (["fine", "\ud800"], r"without lone surrogates.*'\\ud800'"),
     ],
 )
 def test_texts_are_checked(tokenizer, text, message):
-    with pytest.raises(ValueError, match=message):
-        tokenizer.tokenize(text)
+    for function in (tokenizer.tokenize, tokenizer):
+        with pytest.raises(ValueError, match=message):
+            function(text)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 
-from keras_bwetaf.training import Monitor, TrainingCheckpoint
+from keras_bwetaf.training import Monitor, TrainingCheckpoint, recipe
 from keras_bwetaf.training.batches import KEPT, TrackedBatches
+from keras_bwetaf.training.checkpoint_store import CheckpointStore
 from tests.training.resumable import (
     BATCH,
     EPOCHS,
@@ -282,6 +283,17 @@ def test_a_finished_training_returns_at_once(whole, copied, lm, capsys):
     assert_same(state(lm), whole.states[NUM_STEPS])
 
 
+def test_that_nothing_is_left_is_said(copied, lm, capsys):
+    fit(lm, copied)
+    assert capsys.readouterr().out == (
+        f"{copied / 'checkpoints'}: nothing is left to train after step 18, "
+        "with 3 of 3 epochs complete. To go on, pass a larger `epochs`; to "
+        "begin anew, another folder.\n"
+    )
+    fit(lm, copied, epochs=4)
+    assert not capsys.readouterr().out
+
+
 def test_more_epochs_go_on(copied, lm):
     record = Recorder()
     history = fit(lm, copied, record, epochs=EPOCHS + 1)
@@ -531,6 +543,78 @@ def test_another_model_or_optimizer(copied):
     assert (
         "- optimizer/adam_w/iteration: saved int32 (), model has nothing"
     ) in str(error.value)
+
+
+def with_recipe(**changes):
+    lm = build_lm()
+    lm.compile(recipe("97m", **{"total_steps": 40, **changes}))
+    return lm
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"peak_learning_rate": 3e-3},
+            "- learning_rate.peak_learning_rate: saved 0.0015, optimizer has "
+            "0.003",
+        ),
+        ({"decay": "linear"}, "learning_rate.decay: saved 'cosine', "),
+        ({"weight_decay": 0.2}, "- weight_decay: saved 0.1, optimizer has 0.2"),
+        ({"global_clipnorm": None}, "- global_clipnorm: saved 7.0, "),
+    ],
+)
+def test_another_recipe(copied, changes, message):
+    """Even if nothing is left to train. The model stays as it is."""
+    lm = with_recipe(**changes)
+    before = state(lm)
+    with pytest.raises(ValueError) as error:
+        fit(lm, copied)
+    first, *differences = str(error.value).splitlines()
+    assert "18: the checkpoint is of an optimizer with other set" in first
+    assert len(differences) == 1 and message in differences[0]
+    assert_same({name: state(lm)[name] for name in before}, before)
+    assert restore(lm, copied, include_optimizer=False)["step"] == 18
+
+
+def test_a_longer_recipe(copied):
+    """With more epochs, the training is a longer one."""
+    record = Recorder()
+    fit(with_recipe(total_steps=80), copied, record, epochs=EPOCHS + 1)
+    assert record.events == ["begin", *range(19, 25), "end"]
+
+
+def test_a_learning_rate_that_callbacks_change(folder):
+    lm = build_lm()
+    lm.compile(keras.optimizers.SGD(0.5))
+    halve = keras.callbacks.LearningRateScheduler(lambda _, rate: rate / 2)
+    for epochs in (1, 2):
+        fit(lm, folder, halve, epochs=epochs)
+    assert float(lm.optimizer.learning_rate) == 0.125
+    lm = build_lm()
+    lm.compile(keras.optimizers.SGD(0.5))
+    fit(lm, folder, halve, epochs=3)
+    assert float(lm.optimizer.learning_rate) == 0.0625
+    lm.compile(keras.optimizers.SGD(0.4))
+    with pytest.raises(ValueError, match="rate: saved 0.5, optimizer has 0.4"):
+        fit(lm, folder, epochs=3)
+
+
+def test_a_checkpoint_of_an_earlier_version(folder, monkeypatch):
+    """It tells nothing of the optimizer's settings."""
+    save = CheckpointStore.save
+
+    def save_as_before(store, model, run):
+        del run["optimizer"]
+        return save(store, model, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", save_as_before)
+        fit(with_recipe(), folder, epochs=1, validate=False)
+    lm = with_recipe(weight_decay=0.2)
+    fit(lm, folder, epochs=2, validate=False)
+    with pytest.raises(ValueError, match="weight_decay: saved 0.2, .* has 0.1"):
+        fit(with_recipe(), folder, epochs=2, validate=False)
 
 
 def test_other_metrics(folder, lm):

@@ -16,9 +16,19 @@ import numpy as np
 import pytest
 
 from keras_bwetaf import processes
-from keras_bwetaf.training import Monitor, WarmupDecay, hardware, monitor
+from keras_bwetaf.training import (
+    Monitor,
+    WarmupDecay,
+    hardware,
+    monitor,
+    statistics,
+)
 from keras_bwetaf.training.hardware import flops_per_token, peak_flops
-from keras_bwetaf.training.statistics import read_statistics, smooth
+from keras_bwetaf.training.statistics import (
+    Statistics,
+    read_statistics,
+    smooth,
+)
 from keras_bwetaf.training.train_step import STEP_VALUE_NAMES
 from tests import original
 from tests.training.test_fit import make_lm, uneven
@@ -189,35 +199,35 @@ def test_files(lm, tmp_path):
     history = fit(
         lm, x, callbacks=[watching], epochs=2, validation_data=validation
     ).history
-    statistics = read_statistics(tmp_path / "run")
-    assert statistics["name"] == "run"
-    assert statistics["num_params"] == lm.count_params()
-    assert statistics["step"] == [[1, 2, 3, 4, 5, 6]]
+    written = read_statistics(tmp_path / "run")
+    assert written["name"] == "run"
+    assert written["num_params"] == lm.count_params()
+    assert written["step"] == [[1, 2, 3, 4, 5, 6]]
     tokens = (x["padding_mask"] > 0).sum(axis=1) - 1
     tokens = tokens.reshape(3, -1).sum(axis=1).tolist()
-    assert statistics["tokens"] == [tokens * 2]
-    assert statistics["total tokens"] == 2 * sum(tokens)
+    assert written["tokens"] == [tokens * 2]
+    assert written["total tokens"] == 2 * sum(tokens)
     means = np.average(
-        np.reshape(statistics["loss"], (2, 3)), axis=1, weights=tokens
+        np.reshape(written["loss"], (2, 3)), axis=1, weights=tokens
     )
     np.testing.assert_allclose(means, history["loss"], rtol=1e-6)
-    assert statistics["val_step"] == [[3, 6]]
+    assert written["val_step"] == [[3, 6]]
     np.testing.assert_allclose(
-        statistics["val_loss"], [history["val_loss"]], rtol=1e-6
+        written["val_loss"], [history["val_loss"]], rtol=1e-6
     )
     rates = [float(schedule()(step)) for step in range(6)]
-    np.testing.assert_allclose(statistics["learning_rate"], [rates], rtol=1e-6)
-    assert statistics["lr"] == [pytest.approx(0.4)]
-    norms = np.reshape(statistics["gradient_norm"], (2, 3))
+    np.testing.assert_allclose(written["learning_rate"], [rates], rtol=1e-6)
+    assert written["lr"] == [pytest.approx(0.4)]
+    norms = np.reshape(written["gradient_norm"], (2, 3))
     np.testing.assert_allclose(history["gradient_norm"], norms.mean(axis=1))
-    first, *others = statistics["seconds"][0]
+    first, *others = written["seconds"][0]
     assert first is None and min(others) > 0
-    assert statistics["total time"] == pytest.approx(
-        statistics["compile time"] + sum(others)
+    assert written["total time"] == pytest.approx(
+        written["compile time"] + sum(others)
     )
-    speed = (statistics["total tokens"] - tokens[0]) / sum(others)
-    assert statistics["tokens per second"] == pytest.approx(speed)
-    assert set(statistics["stats"]) == set(statistics) - {"stats"}
+    speed = (written["total tokens"] - tokens[0]) / sum(others)
+    assert written["tokens per second"] == pytest.approx(speed)
+    assert set(written["stats"]) == set(written) - {"stats"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "stats.json",
         "losses.png",
@@ -284,6 +294,69 @@ def test_going_on_from_a_checkpoint(lm, tmp_path):
     assert second.statistics.smoothed_loss == pytest.approx(smoothed, 1e-6)
 
 
+def steps_of(statistics, numbers):
+    for number in numbers:
+        statistics.add_step(
+            step=number,
+            loss=10 / number,
+            gradient_norm=math.inf if number == 3 else number / 8,
+            learning_rate=0.5,
+            tokens=number,
+            seconds=0.25,
+            compiles=number == 1,
+        )
+
+
+@pytest.mark.parametrize("interrupted_at", [None, 5, 16, 17, 99])
+def test_a_long_training(monkeypatch, tmp_path, interrupted_at):
+    """As many values as ever are kept, and all of them are counted."""
+    monkeypatch.setattr(statistics, "MOST_STEPS", 16)
+    whole = Statistics()
+    steps_of(whole, range(1, interrupted_at or 101))
+    if interrupted_at:
+        state = json.loads(json.dumps(whole.get_state()))
+        whole = Statistics()
+        whole.set_state(state)
+        steps_of(whole, range(interrupted_at, 101))
+    assert len(json.dumps(whole.get_state())) < 2000
+    written = whole.write(tmp_path, "long", 1)
+    assert written["step"] == [[*range(8, 101, 8)]]
+    assert written["loss"] == [
+        pytest.approx([10 / n for n in range(8, 101, 8)])
+    ]
+    assert written["total tokens"] == 5050
+    assert written["compile time"] == 0.25
+    assert written["total time"] == 25
+    assert written["tokens per second"] == pytest.approx(5049 / 24.75)
+    norms = [n / 8 for n in range(1, 101) if n != 3]
+    assert whole.epoch.mean_gradient_norm() == pytest.approx(np.mean(norms))
+    assert whole.smoothed_loss == pytest.approx(
+        smooth([10 / n for n in range(1, 101)])[-1]
+    )
+    assert whole.last("loss") == pytest.approx(0.1)
+    if not interrupted_at:
+        assert whole.tokens_per_second() == np.mean(range(51, 101)) / 0.25
+        assert whole.seconds_per_step() == 0.25
+
+
+def test_the_state_of_an_earlier_version(monkeypatch):
+    """It has the values of all steps, and no sums."""
+    expected = Statistics()
+    steps_of(expected, range(1, 101))
+    expected.add_validation(100, 0.5)
+    state = expected.get_state()
+    monkeypatch.setattr(statistics, "MOST_STEPS", 16)
+    received = Statistics()
+    received.set_state(
+        {name: state[name] for name in ("entries", "compile_seconds")}
+    )
+    assert received.totals == expected.totals
+    assert received.compile_seconds == 0.25
+    assert received.entries["step"] == [*range(8, 101, 8)]
+    assert received.entries["val_loss"] == [0.5]
+    assert received.smoothed_loss == pytest.approx(expected.smoothed_loss)
+
+
 def test_smoothing_is_unbiased():
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0] * 3)
     assert smooth([1.0, 4.0], decay=0.5) == pytest.approx([1.0, 3.0])
@@ -319,6 +392,18 @@ def test_tensorboard(lm, tmp_path):
         assert written == pytest.approx(history[name], 1e-6)
 
 
+def test_logs_for_any_tracker(lm):
+    """A callback behind this one gets plain numbers, such as JSON takes."""
+    received = []
+    track = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: received.append(json.dumps(logs))
+    )
+    history = fit(lm, rows(2), [Monitor(), track], epochs=2).history
+    for epoch, logs in enumerate(map(json.loads, received)):
+        assert logs == {name: each[epoch] for name, each in history.items()}
+    assert len(received) == 2 and "gradient_norm" in logs
+
+
 # === What is shown ===
 
 
@@ -331,20 +416,38 @@ def test_lines(lm, capsys):
         "step 4/8",
         "step 5/8",
     ]
-    for name in (
-        "loss",
-        "smoothed",
-        "gradient norm",
-        "learning rate",
-        "tokens",
-        "tokens/s",
-        "MFU n/a",
-        "left 0:00:0",
-        "first step",
-        "attention plain",
-    ):
+    for name in ("loss", "left 0:00:0", "tokens/s"):
         assert f"  {name}" in lines[-1]
     assert "validation" not in lines[-1]
+
+
+def test_a_step_is_printed_once(lm, capsys):
+    """The last one of an epoch, with the loss of the validation."""
+    fit(
+        lm,
+        rows(4),
+        callbacks=[Monitor(total_steps=8, every=2)],
+        epochs=2,
+        validation_data=rows(1),
+    )
+    lines = capsys.readouterr().out.splitlines()
+    numbers = [line.split("  ")[0] for line in lines]
+    assert numbers == ["step 2/8", "step 4/8", "step 6/8", "step 8/8"]
+    are_of_epochs = ["validation loss" in line for line in lines]
+    assert are_of_epochs == [False, True, False, True]
+    assert max(map(len, lines)) <= 80
+
+
+def test_lines_fit_80_columns():
+    """The first fields matter most."""
+    fields = {"step": "900,000/1,000,000", "loss": "3.1416"}
+    fields |= {"validation loss": "3.1000", "left": "12:00:00"}
+    line = "  ".join(f"{name} {text}" for name, text in fields.items())
+    assert len(line) == 74
+    for speed in ("1", "12", "123,456"):
+        received = monitor._line({**fields, "x": speed, "MFU": "45.6%"})
+        longer = f"{line}  x {speed}"
+        assert received == (longer if len(longer) <= 80 else line)
 
 
 def test_table(lm, capsys, monkeypatch):
@@ -352,10 +455,24 @@ def test_table(lm, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(monitor, "REFRESH_SECONDS", 0.0)
-    fit(lm, rows(5), callbacks=[Monitor()], validation_data=rows(1))
+    watching = Monitor(total_steps=5)
+    fit(lm, rows(5), callbacks=[watching], validation_data=rows(1))
     table, line = capsys.readouterr().out.rsplit("\x1b[?25h", 1)
-    assert table.count("│ gradient norm") >= 5
-    assert "step 5  loss" in line and "validation loss" in line
+    for name in (
+        "step",
+        "loss",
+        "left",
+        "tokens/s",
+        "MFU",
+        "gradient norm",
+        "learning rate",
+        "smoothed",
+        "tokens",
+        "first step",
+        "attention",
+    ):
+        assert table.count(f"│ {name} ") >= 4
+    assert "step 5/5  loss" in line and "validation loss" in line
     assert "│" not in line
 
 
@@ -527,6 +644,8 @@ def test_steps_that_the_optimizer_skips():
     [
         (dict(every=0), "Received: every=0"),
         (dict(every=1.5), "Received: every=1.5"),
+        (dict(every=True), "Received: every=True"),
+        (dict(total_steps="10"), "Received: total_steps='10'"),
         (dict(total_steps=0), "Received: total_steps=0"),
     ],
 )

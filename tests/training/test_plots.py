@@ -82,6 +82,26 @@ def test_losses(drawn, tmp_path):
     assert by_label["loss, smoothed"].get_alpha() is None
 
 
+@pytest.mark.parametrize("ending", [".png", ".svg", ".jpg", ".pdf"])
+def test_a_notebook_shows_the_picture(tmp_path, ending):
+    """What is returned is the path, and shows itself where it can be shown."""
+    path = tmp_path / f"losses{ending}"
+    picture = plot_losses(STATISTICS, path)
+    assert picture == path and str(picture) == str(path)
+    content = path.read_bytes()
+    shown = {
+        ".png": picture._repr_png_(),
+        ".jpg": picture._repr_jpeg_(),
+        ".svg": picture._repr_svg_(),
+    }
+    expected = content.decode() if ending == ".svg" else content
+    assert {name: each for name, each in shown.items() if each} == (
+        {} if ending == ".pdf" else {ending: expected}
+    )
+    path.unlink()
+    assert picture._repr_png_() is picture._repr_svg_() is None
+
+
 def test_the_originals_file(drawn, tmp_path, trained_checkpoint):
     """It says nothing of steps. Its first validation was before training."""
     path = plot_losses(trained_checkpoint, tmp_path / "losses.svg")
