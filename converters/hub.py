@@ -125,17 +125,23 @@ def check_digest(path, file):
 
 
 @contextlib.contextmanager
-def clear_errors(repo, revision):
-    """Says what went wrong on the way from the Hub, and what to do."""
+def clear_errors(repo, revision, kind="model"):
+    """Says what went wrong on the way from the Hub, and what to do.
+
+    Args:
+        repo: str, `"owner/name"`.
+        revision: str.
+        kind: str. What the repository holds.
+    """
     try:
         yield
     except (errors.HTTPError, OSError) as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
             error = error.__cause__ or error
-        raise _explain(error, repo, revision) from error
+        raise _explain(error, repo, revision, kind) from error
 
 
-def _explain(error, repo, revision):
+def _explain(error, repo, revision, kind):
     where = f"{repo} (revision {revision}, {constants.ENDPOINT})"
     response = getattr(error, "response", None)
     if isinstance(error, errors.GatedRepoError):
@@ -162,7 +168,7 @@ def _explain(error, repo, revision):
         return ConnectionError(
             f"{where} is not in the cache, and HF_HUB_OFFLINE forbids to "
             "download it. Unset HF_HUB_OFFLINE, or pass a folder that holds "
-            "the model."
+            f"the {kind}."
         )
     if response is not None:
         return ConnectionError(
@@ -172,7 +178,7 @@ def _explain(error, repo, revision):
     if isinstance(error, errors.HTTPError):
         return ConnectionError(
             f"{where} cannot be reached: {error}. Check the network, or pass "
-            "a folder that holds the model. Once downloaded, a model loads "
+            f"a folder that holds the {kind}. Once downloaded, a {kind} loads "
             "without the network."
         )
     if error.errno in DISK_ERRORS:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.errors import CheckpointError
 from converters.files import new_file, read_json
 from keras_bwetaf.data.worker import SPLITS
 
@@ -47,7 +48,14 @@ def read_index(folder):
         ValueError: If it is missing or is no index of this version.
     """
     path = Path(folder) / FILE_NAME
-    index = read_json(path)
+    try:
+        index = read_json(path)
+    except CheckpointError as error:
+        if not path.is_file():
+            raise
+        raise ValueError(
+            f"{error} Or pack the source again, with overwrite=True."
+        ) from error
     if index.get("version") != VERSION:
         raise ValueError(
             f"{path}: expected version {VERSION} of packed tokens. Received: "

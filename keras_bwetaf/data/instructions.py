@@ -15,8 +15,8 @@ from keras_bwetaf.data.batching import (
     processes,
     shuffle_and_repeat,
 )
+from keras_bwetaf.data.formats import json_records
 from keras_bwetaf.data.optional import import_optional
-from keras_bwetaf.data.sources import json_records
 
 CHAT_TEMPLATE = {
     "system": "{content}\n\n",

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from converters.files import new_file
 from keras_bwetaf.checks import is_number, positive_int
-from keras_bwetaf.data import worker
+from keras_bwetaf.data import listing, worker
 from keras_bwetaf.data.index import (
     FILE_NAME,
     SHARD,
@@ -39,9 +39,10 @@ from keras_bwetaf.processes import in_first_process, is_first_process
 
 BATCH_CHARACTERS = 2**18
 LOCK = ".lock"
+NAMES = (FILE_NAME, listing.FILE_NAME)
 # What `new_file` had begun when the process was killed.
 PARTIAL = re.compile(
-    rf"\.({re.escape(FILE_NAME)}|{SHARD.pattern})\.[0-9a-f]+\.tmp"
+    rf"\.({'|'.join(map(re.escape, NAMES))}|{SHARD.pattern})\.[0-9a-f]+\.tmp"
 )
 
 
@@ -56,6 +57,8 @@ class PackingReport:
         bytes: int. The UTF-8 bytes of the documents.
         seconds: float. How long this call took.
         megabytes_per_second: float. Of text, packed by this call.
+        skipped: dict of a reason to names of files and folders that the
+            source has and that are not read.
     """
 
     documents: int
@@ -64,6 +67,7 @@ class PackingReport:
     bytes: int
     seconds: float
     megabytes_per_second: float
+    skipped: dict = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_byte(self):
@@ -73,11 +77,16 @@ class PackingReport:
         tokens = ", ".join(
             f"{count:,} {split}" for split, count in self.tokens.items()
         )
+        skipped = "".join(
+            f"\nNot read: {len(names):,} {reason}: {listing.shortened(names)}"
+            for reason, names in self.skipped.items()
+        )
         return (
             f"{self.documents:,} documents ({self.empty_documents:,} empty "
             f"ones skipped), tokens: {tokens}; "
             f"{self.tokens_per_byte:.4f} tokens per byte; "
             f"{self.seconds:.1f} s, {self.megabytes_per_second:.2f} MB/s"
+            f"{skipped}"
         )
 
 
@@ -107,8 +116,9 @@ def pack(
     number of processes. When a call was interrupted, the same call again
     goes on after the last whole shard, and ends with the same bytes. On a
     folder that is complete, it checks the shards and returns. That the source
-    is the same is checked: local files by name and size, those of the Hub
-    and lists by their content. Of an iterator, it can't be.
+    is the same is checked: local files by name and size, and those of the Hub,
+    lists, arrays and tables by their content. Of iterators and streams, it
+    can't be. `files.jsonl.gz` lists the files, to say which have changed.
 
     Which documents are held out for validation is a function of each
     document's letters and digits, so that copies never are on both sides.
@@ -173,9 +183,11 @@ def pack(
         with _only_one(folder):
             if overwrite:
                 _clear(folder)
-            index = _resume(folder, fresh)
+            index = _resume(folder, fresh, documents.files)
             resumed_at = _total(index, "bytes")
             if not index["complete"]:
+                if documents.files:
+                    listing.write(folder, documents.files)
                 arguments = {
                     "specification": tokenizer._encoder(()).to_str(),
                     "end_token_id": index["end_token_id"],
@@ -185,12 +197,12 @@ def pack(
                 _write_shards(
                     folder, index, documents, num_workers, arguments, progress
                 )
-        return index, resumed_at
+        return index, resumed_at, documents.skipped
 
     packed = in_first_process(write)
     if packed is None:  # Another process did it.
         index = read_index(folder)
-        packed = index, _total(index, "bytes")
+        packed = index, _total(index, "bytes"), {}
     report = _report(*packed, time.perf_counter() - start)
     if validation_fraction and worker.VALIDATION not in report.tokens:
         warnings.warn(
@@ -201,7 +213,9 @@ def pack(
             stacklevel=2,
         )
     if progress and is_first_process():
-        Console().print(str(report), highlight=False, soft_wrap=True)
+        Console().print(
+            str(report), highlight=False, markup=False, soft_wrap=True
+        )
     return report
 
 
@@ -265,7 +279,7 @@ def _only_one(folder):
 def _is_ours(path):
     name = path.name
     return (
-        name in (FILE_NAME, LOCK)
+        name in (*NAMES, LOCK)
         or SHARD.fullmatch(name)
         or PARTIAL.fullmatch(name)
     )
@@ -279,7 +293,7 @@ def _clear(folder):
             path.unlink()
 
 
-def _resume(folder, fresh):
+def _resume(folder, fresh, files):
     """Returns the index to go on with: whole shards, in a row."""
     others = sorted(p.name for p in folder.iterdir() if not _is_ours(p))
     if others:
@@ -294,16 +308,7 @@ def _resume(folder, fresh):
     if not (folder / FILE_NAME).exists():
         return fresh
     index = read_index(folder)
-    for name in fresh:
-        if name in ("complete", "shards"):
-            continue
-        if _identity(index.get(name)) != _identity(fresh[name]):
-            raise ValueError(
-                f"{folder}: the folder was packed with other settings: "
-                f"{name}={index.get(name)!r}. Received: "
-                f"{name}={fresh[name]!r}. Pass overwrite=True to pack anew, "
-                "or choose another folder."
-            )
+    _check_is_same(folder, index, fresh, files)
     for number, shard in enumerate(index["shards"]):
         for part in shard["splits"].values():
             path = folder / part["file"]
@@ -313,11 +318,44 @@ def _resume(folder, fresh):
     return index
 
 
-def _identity(entry):
-    """An entry of the index, but for the commit that files were found in."""
-    if isinstance(entry, dict):
-        return {key: entry[key] for key in entry if key != "commit"}
-    return entry
+def _check_is_same(folder, index, fresh, files):
+    """Checks that the source and the settings are those of an index."""
+    before = {**index, "source": _identity(index["source"])}
+    after = {**fresh, "source": _identity(fresh["source"])}
+    for name in fresh:
+        if name in ("complete", "shards") or before.get(name) == after[name]:
+            continue
+        packed, received, changes = before.get(name), after[name], ""
+        if name == "source":
+            packed, received = _differences(packed, received)
+            changes = listing.changes(folder, index["source"], files)
+        raise ValueError(
+            f"{folder}: the folder was packed with other settings: "
+            f"{name}={packed!r}. Received: {name}={received!r}. {changes}Pass "
+            "overwrite=True to pack anew, or choose another folder."
+        )
+
+
+def _identity(source):
+    """What identifies a source, but for the commit that files were found in.
+
+    An index of an earlier version lists the files themselves.
+    """
+    source = {key: source[key] for key in source if key != "commit"}
+    if "files" in source:
+        source |= listing.summary(source.pop("files").items())
+    if isinstance(source.get("source"), list):
+        source["source"] = "paths"
+    return source
+
+
+def _differences(*sources):
+    """The entries of two dicts that are not the same in both."""
+    first, second = sources
+    keys = [
+        key for key in {**first, **second} if first.get(key) != second.get(key)
+    ]
+    return tuple({k: each[k] for k in keys if k in each} for each in sources)
 
 
 def _write_shards(folder, index, documents, num_workers, arguments, progress):
@@ -425,7 +463,7 @@ def _tokens(index):
     return dict(tokens)
 
 
-def _report(index, resumed_at, seconds):
+def _report(index, resumed_at, skipped, seconds):
     num_bytes, empty = _total(index, "bytes"), _total(index, "empty_documents")
     return PackingReport(
         documents=_total(index, "documents") - empty,
@@ -434,6 +472,7 @@ def _report(index, resumed_at, seconds):
         bytes=num_bytes,
         seconds=seconds,
         megabytes_per_second=(num_bytes - resumed_at) / 1e6 / seconds,
+        skipped=skipped,
     )
 
 

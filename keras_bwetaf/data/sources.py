@@ -1,31 +1,16 @@
-"""Where documents come from: files, data sets, iterables."""
+"""Where documents come from: files, data sets, tables, iterables."""
 
 import collections.abc
 import contextlib
-import dataclasses
-import fnmatch
-import functools
-import glob
 import hashlib
 import itertools
-import json
 import os
-import re
-from collections.abc import Callable
-from pathlib import Path
-from urllib.parse import unquote
 
-import huggingface_hub
-from huggingface_hub import constants
-
-from converters.hub import check_digest, clear_errors
+from keras_bwetaf.data import files, formats, hub_files
+from keras_bwetaf.data.documents import Documents, missing_column
 from keras_bwetaf.data.optional import import_optional
 
 TFDS = "tfds:"
-HUB = re.compile(
-    r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)"
-    r"(?:@(?P<revision>[^/\s]+))?/(?P<pattern>\S+)"
-)
 # The two data sets of the model card; `{split}` is filled in.
 NAMES = {
     "tinystories": (
@@ -39,88 +24,28 @@ NAMES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Documents:
-    """Documents of a source, numbered from 0.
-
-    Attributes:
-        description: dict. What identifies the source, for an index.
-        read: function of a number. Yields the documents from that number
-            on, as pairs of where the document is and what it is: str, bytes
-            or None.
-        errors: str. What to do with invalid UTF-8.
-        num_documents: int, or None if it is not known beforehand.
-    """
-
-    description: dict
-    read: Callable
-    errors: str = "strict"
-    num_documents: int | None = None
-
-    def __iter__(self):
-        return self.starting_at(0)
-
-    def starting_at(self, number):
-        """Yields the documents from a number on.
-
-        Args:
-            number: int.
-
-        Yields:
-            str.
-
-        Raises:
-            ValueError: If a document is not text, or there is none at all.
-        """
-        is_empty = number == 0
-        for where, content in self.read(number):
-            is_empty = False
-            yield _text(content, where, self.errors)
-        if is_empty:
-            raise ValueError(
-                "Expected at least one document. Received: a source without "
-                f"any: {self.description}"
-            )
-
-
-def _text(content, where, errors):
-    """Returns a document as a str of valid Unicode."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        if content.isascii():
-            return content
-        # A lone surrogate, from a JSON escape, is invalid in UTF-8, too.
-        content = content.encode("utf-8", "surrogatepass")
-    if not isinstance(content, bytes):
-        raise ValueError(
-            f"{where}: expected text. Received: {content!r} of type "
-            f"{type(content).__name__}. Name the column of the text with "
-            "`column`."
-        )
-    try:
-        return content.decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: expected UTF-8. Received: {error.reason} at byte "
-            f"{error.start}. Repair the document, or pass "
-            'errors="replace" for replacement characters.'
-        ) from error
-
-
 def read_documents(source, split="train", column="text", *, errors="strict"):
     """Opens a source of documents.
 
     | source | |
     |---|---|
     | `"tfds:NAME"`, `"tfds:NAME/CONFIG"` | a TensorFlow data set; only one that is stored in a format without random access, such as `tfrecord`, needs TensorFlow |
-    | a path, glob or folder | `.parquet`, `.jsonl` with a document a row, `.txt` with a document a file |
+    | a path, glob or folder | `.parquet`, `.jsonl` with a document a row, `.txt`, `.md` with a document a file |
     | a list of `pathlib.Path` | such files, in this order |
-    | `"hf://datasets/owner/name/PATH"` | such files of a repository; `PATH` may be a glob; `@revision` may follow the name |
+    | `"hf://datasets/owner/name/PATH"` | such files of a repository; `PATH` may be a folder or glob; `@revision` may follow the name |
     | `"tinystories"`, `"fineweb"` | the data sets of the model card: roneneldan/TinyStories, and the 10-billion-token sample of HuggingFaceFW/fineweb |
+    | a table of pandas, polars, pyarrow or `datasets`, or a dict of columns | the texts of `column` |
+    | a dict of splits, such as a `DatasetDict` | the source that is called `split` |
     | an iterable of str | documents |
+    | an iterable of dicts, such as a streaming data set of `datasets` or one of `tf.data` | the texts of `column` |
 
-    Files are in the order of their paths. Null is an empty document.
+    Files are in the order of their paths. Text and JSON Lines may be
+    compressed (`.gz`, `.bz2`, `.xz`). In a folder and for the `**` of a glob,
+    linked folders are read, too, and hidden files and folders are not; the
+    `skipped` of the result says what a folder has besides. Once downloaded,
+    files of the Hub are read from its cache when it can't be reached.
+
+    Null in a file is an empty document, and in Python's objects an error.
 
     Args:
         source: str, path, or iterable. See above.
@@ -156,18 +81,23 @@ def read_documents(source, split="train", column="text", *, errors="strict"):
         return _read_named(source, split, column, errors)
     if isinstance(source, str) and source.startswith(TFDS):
         return _read_tfds(source, split, column, errors)
-    if isinstance(source, str) and source.startswith("hf://"):
-        description = {"source": source, "column": column}
-        return _read_hub(source, description, column, errors)
+    if isinstance(source, str) and source.startswith(hub_files.PREFIX):
+        return hub_files.read_hub(source, {"source": source}, column, errors)
     if isinstance(source, str | os.PathLike):
-        description = {"source": os.fspath(source), "column": column}
-        paths = _expand(os.fspath(source))
-        return _read_paths(paths, description, column, errors)
-    if isinstance(source, collections.abc.Iterable):
+        return _read_path(os.fspath(source), column, errors)
+    columns = _columns(source)
+    if columns is None:
         return _read_iterable(source, column, errors)
+    if columns.count(column) == 1:
+        return _read_iterable(source[column], column, errors, is_column=True)
+    if not isinstance(source, collections.abc.Mapping):
+        raise missing_column("`source`", column, columns)
+    if split in source:
+        return read_documents(source[split], split, column, errors=errors)
     raise ValueError(
-        "`source` must be a name, a path, or an iterable of paths or str. "
-        f"Received: source={source!r} of type {type(source).__name__}"
+        f"`source`: expected a dict with a column {column!r} or a split "
+        f"{split!r}. Received one with {columns}. Name the column of the text "
+        "with `column`, or the split with `split`."
     )
 
 
@@ -178,53 +108,126 @@ def _read_named(name, split, column, errors):
             f"The source {name!r} has the splits {splits}. Received: "
             f"split={split!r}"
         )
-    description = {"source": name, "split": split, "column": column}
     source = pattern.replace("{split}", split)
-    return _read_hub(source, description, column, errors)
+    description = {"source": name, "split": split}
+    return hub_files.read_hub(source, description, column, errors)
 
 
-# Iterables and TensorFlow data sets.
+def _read_path(source, column, errors):
+    paths, skipped = files.find(source)
+    if not paths:
+        raise FileNotFoundError(
+            "Expected a file, a folder with files in "
+            f"{sorted(formats.FORMATS)}, a glob that matches some, or one of "
+            f"the names {sorted(NAMES)}. Received: {source!r}"
+        )
+    description = {"source": files.printable(source)}
+    return files.read_local(paths, description, skipped, column, errors)
 
 
-def _read_iterable(source, column, errors):
-    if isinstance(source, collections.abc.Sized):
-        first = next(iter(source), None)
-        num_documents = len(source)
-    else:  # Reading from an iterator would use it up.
-        first = num_documents = None
+# Tables, iterables and TensorFlow data sets.
+
+
+def _columns(source):
+    """The names of a table's columns, or None if it is none.
+
+    Tables are those of pandas, polars, pyarrow and `datasets`, and whatever
+    has names of columns and gives a column by its name, as they do.
+    """
+    if isinstance(source, collections.abc.Mapping):
+        return list(source)
+    names = getattr(source, "column_names", None)
+    if names is None and isinstance(source, collections.abc.Iterable):
+        names = getattr(source, "columns", None)
+    if names is None or not hasattr(type(source), "__getitem__"):
+        return None
+    return list(names)
+
+
+def _read_iterable(source, column, errors, *, is_column=False):
+    """Documents of an iterable of texts, or of records with a text each."""
+    if isinstance(source, str | bytes) or not isinstance(
+        source, collections.abc.Iterable
+    ):
+        raise ValueError(
+            "`source` must be a name, a path, a table, or an iterable of "
+            "paths, str, or dicts with the text in `column`. Received: source="
+            f"{source!r:.80} of type {type(source).__name__}"
+        )
+    num_documents = _length(source)
+    # Reading from an iterator would use it up.
+    first = None if num_documents is None else next(iter(source), None)
     if isinstance(first, os.PathLike):
         paths = [os.fspath(path) for path in source]
-        description = {"source": paths, "column": column}
-        return _read_paths(paths, description, column, errors)
+        description = {"source": "paths"}
+        return files.read_local(paths, description, {}, column, errors)
     if isinstance(first, str) and _is_file(first):
         raise ValueError(
             "An iterable of str holds documents, but the first is the name "
             "of a file. Pass `pathlib.Path` objects for files. Received: "
             f"{first!r}"
         )
+    # TensorFlow's data sets give tensors otherwise.
+    iterate = getattr(source, "as_numpy_iterator", source.__iter__)
+    place = f"column {column!r}, row" if is_column else "document"
 
     def read(start):
-        documents = itertools.islice(source, start, None)
+        documents = itertools.islice(iterate(), start, None)
         for number, content in enumerate(documents, start):
-            where = f"document {number}"
-            if content is None:
-                raise ValueError(f"{where}: expected text. Received: None")
-            if isinstance(content, os.PathLike):
-                raise ValueError(
-                    f"{where}: expected text. Received: the path "
-                    f"{os.fspath(content)!r} from an iterator. Pass a list of "
-                    "paths."
-                )
-            yield where, content
+            where = f"{place} {number}"
+            yield where, _content(content, where, column)
 
-    description = {"source": "iterable", "documents": num_documents}
-    if isinstance(source, list | tuple):
-        description["sha256"] = _digest(source)
-    return Documents(description, read, errors, num_documents)
+    def describe():
+        description = {"source": "iterable", "documents": num_documents}
+        if is_column:
+            description |= {"source": "table", "column": column}
+        if _is_repeatable(source, num_documents, is_column):
+            description["sha256"] = _digest(iterate())
+        return description
+
+    return Documents(describe, read, errors, num_documents)
+
+
+def _length(source):
+    """How many documents an iterable has, or None if it does not say."""
+    try:
+        return len(source)
+    except TypeError:
+        return None
+
+
+def _content(content, where, column):
+    """The text of a document or of a record."""
+    if isinstance(content, collections.abc.Mapping):
+        if column not in content:
+            raise missing_column(where, column, list(content))
+        content = content[column]
+    if hasattr(content, "as_py"):  # Of Arrow.
+        content = content.as_py()
+    if content is None:
+        raise ValueError(
+            f"{where}: expected text. Received: None. Fill or leave out what "
+            "is missing."
+        )
+    if isinstance(content, os.PathLike):
+        raise ValueError(
+            f"{where}: expected text. Received: the path "
+            f"{os.fspath(content)!r} from an iterator. Pass a list of paths."
+        )
+    return content
+
+
+def _is_repeatable(source, num_documents, is_column):
+    """Whether all texts can be read beforehand, to know them again.
+
+    Other iterables may be read once only, or never end.
+    """
+    is_array = isinstance(source, list | tuple) or hasattr(source, "__array__")
+    return num_documents is not None and (is_array or is_column)
 
 
 def _digest(texts):
-    """A SHA-256 that tells lists of texts from each other."""
+    """A SHA-256 that tells iterables of texts from each other."""
     digest = hashlib.sha256()
     for text in texts:
         if not isinstance(text, bytes):
@@ -281,7 +284,7 @@ def _read_tfds(source, split, column, errors):
         "data_set": info.full_name,
         "documents": num_documents,
     }
-    return Documents(description, read, errors, num_documents)
+    return Documents(lambda: description, read, errors, num_documents)
 
 
 def _prepare_tensorflow(source):
@@ -298,226 +301,3 @@ def _prepare_tensorflow(source):
     with contextlib.suppress(RuntimeError):  # It is in use already.
         # Or it takes the memory of all GPUs for itself.
         tensorflow.config.set_visible_devices([], "GPU")
-
-
-# Files.
-
-
-def _expand(source):
-    """Returns the files of a path, a folder or a glob, sorted."""
-    if os.path.isfile(source):
-        return [source]
-    if os.path.isdir(source):
-        folder = Path(source)
-        paths = [path for path in folder.rglob("*") if path.suffix in FORMATS]
-    else:
-        paths = map(Path, glob.glob(source, recursive=True))
-    paths = sorted(path.as_posix() for path in paths if path.is_file())
-    if not paths:
-        raise FileNotFoundError(
-            f"Expected a file, a folder with files in {sorted(FORMATS)}, a "
-            "glob that matches some, or one of the names "
-            f"{sorted(NAMES)}. Received: {source!r}"
-        )
-    return paths
-
-
-def _read_paths(paths, description, column, errors):
-    for path in paths:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"Expected a file. Received: {path!r}")
-    files = [(path, functools.partial(Path, path)) for path in paths]
-    sizes = {path: os.path.getsize(path) for path in paths}
-    description = {**description, "files": sizes}
-    return _read_files(files, description, column, errors)
-
-
-def _read_hub(source, description, column, errors):
-    match = HUB.fullmatch(source)
-    if not match:
-        raise ValueError(
-            "A data set of the Hub is written hf://datasets/owner/name/path "
-            "or hf://datasets/owner/name@revision/path, where the path may "
-            f"be a glob. Received: {source!r}"
-        )
-    repo = match["repo"]
-    revision = unquote(match["revision"] or constants.DEFAULT_REVISION)
-    with clear_errors(repo, revision):
-        info = huggingface_hub.HfApi().dataset_info(
-            repo, revision=revision, files_metadata=True
-        )
-    siblings = {
-        file.rfilename: file
-        for file in sorted(info.siblings, key=lambda file: file.rfilename)
-        if fnmatch.fnmatchcase(file.rfilename, match["pattern"])
-    }
-    if not siblings:
-        raise FileNotFoundError(
-            f"{source}: no file of the repository matches. It holds, for "
-            f"example, {[file.rfilename for file in info.siblings[:5]]}."
-        )
-
-    def download(name):
-        with clear_errors(repo, revision):
-            path = huggingface_hub.hf_hub_download(
-                repo, name, repo_type="dataset", revision=info.sha
-            )
-            check_digest(Path(path), siblings[name])
-        return Path(path)
-
-    files = [(name, functools.partial(download, name)) for name in siblings]
-    blobs = {name: file.blob_id for name, file in siblings.items()}
-    description = {**description, "commit": info.sha, "files": blobs}
-    return _read_files(files, description, column, errors)
-
-
-def _read_files(files, description, column, errors):
-    """Documents of files, one file after the other.
-
-    Args:
-        files: list of pairs of a name and a function without arguments that
-            returns the path, called when the file is needed.
-        description: dict.
-        column: str.
-        errors: str.
-
-    Returns:
-        `Documents`.
-    """
-    for name, _ in files:
-        if Path(name).suffix not in FORMATS:
-            raise ValueError(
-                f"{name}: expected a file in one of the formats "
-                f"{sorted(FORMATS)}. Received: one with the suffix "
-                f"{Path(name).suffix!r}"
-            )
-
-    def read(start):
-        for name, locate in files:
-            count, rows = FORMATS[Path(name).suffix]
-            path = locate()
-            num_rows = count(path) if start else None
-            if num_rows is not None and start >= num_rows:
-                start -= num_rows
-                continue
-            yield from rows(path, name, column, start, errors)
-            start = 0
-
-    return Documents(description, read, errors)
-
-
-def _missing_column(where, column, columns):
-    return ValueError(
-        f"{where}: expected a column {column!r}. Received the columns "
-        f"{columns}. Name the column of the text with `column`."
-    )
-
-
-def _open_parquet(path):
-    import_optional("pyarrow", "data", "Reading Parquet files")
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        return parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ValueError(
-            f"{path}: expected a Parquet file. Received: {error}. Fetch or "
-            "write the file again."
-        ) from error
-
-
-def _count_parquet(path):
-    with _open_parquet(path) as file:
-        return file.metadata.num_rows
-
-
-def _read_parquet(path, name, column, start, errors):
-    with _open_parquet(path) as file:
-        import pyarrow
-
-        if column not in file.schema_arrow.names:
-            raise _missing_column(name, column, file.schema_arrow.names)
-        kind = file.schema_arrow.field(column).type
-        row = 0
-        for group in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(group).num_rows
-            if row + num_rows <= start:
-                row += num_rows
-                continue
-            for batch in file.iter_batches(
-                1024, row_groups=[group], columns=[column]
-            ):
-                try:  # As bytes, since only we name an invalid row.
-                    texts = batch.column(0).cast(pyarrow.large_binary())
-                except (pyarrow.ArrowInvalid, NotImplementedError) as error:
-                    raise ValueError(
-                        f"{name}: expected text in the column {column!r}. "
-                        f"Received: a column of type {kind}."
-                    ) from error
-                for text in texts.to_pylist():
-                    if row >= start:
-                        yield f"{name}, row {row}", text
-                    row += 1
-
-
-def _lines(path):
-    """Yields the number and content of lines that are not blank, from 1."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                yield number, line
-
-
-def _count_json_lines(path):
-    return sum(1 for _ in _lines(path))
-
-
-def json_records(path, name, start=0, errors="strict"):
-    """Reads a file with a JSON object in each line.
-
-    Args:
-        path: str or path.
-        name: str. The file's, for messages.
-        start: int. How many objects to skip.
-        errors: str. What to do with invalid UTF-8.
-
-    Yields:
-        Pairs of where the object is and what it is, a dict.
-
-    Raises:
-        ValueError: If a line is no JSON object.
-    """
-    for number, line in itertools.islice(_lines(path), start, None):
-        where = f"{name}, line {number}"
-        try:
-            record = json.loads(_text(line, where, errors))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: expected a JSON object. Received: {error}. Repair "
-                "the line, or write the file again."
-            ) from error
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{where}: expected a JSON object. Received: {record!r:.80} "
-                f"of type {type(record).__name__}"
-            )
-        yield where, record
-
-
-def _read_json_lines(path, name, column, start, errors):
-    for where, record in json_records(path, name, start, errors):
-        if column not in record:
-            raise _missing_column(where, column, list(record))
-        yield where, record[column]
-
-
-def _read_text(path, name, column, start, errors):
-    yield name, Path(path).read_bytes()
-
-
-# How to count and to read the documents of a file.
-FORMATS = {
-    ".parquet": (_count_parquet, _read_parquet),
-    ".jsonl": (_count_json_lines, _read_json_lines),
-    ".txt": (lambda path: 1, _read_text),
-}

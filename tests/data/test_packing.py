@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,13 @@ import numpy as np
 import pytest
 import tokenizers
 
-from keras_bwetaf.data import load_packed, packing, worker
+from keras_bwetaf.data import listing, load_packed, packing, worker
 from keras_bwetaf.data import pack as pack_
-from keras_bwetaf.data.index import read_index, tokenizer_digest
+from keras_bwetaf.data.index import (
+    read_index,
+    tokenizer_digest,
+    write_index,
+)
 from keras_bwetaf.models import BwETAFTokenizer
 from tests.data.conftest import make_documents
 
@@ -466,3 +471,130 @@ def test_progress_and_report(documents, tokenizer, tmp_path, capsys):
     output = capsys.readouterr().out
     assert str(report) in output and "300 documents" in output
     assert f"{report.tokens_per_byte:.4f} tokens per byte" in output
+
+
+# Sources of files.
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder of as many texts as one may want to know nothing about."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(3000):
+        (folder / f"story-number-{number:05d}.txt").write_text("Once.")
+    return folder
+
+
+def test_the_index_does_not_grow_with_the_files(corpus, tokenizer, tmp_path):
+    pack(corpus, tmp_path / "packed", tokenizer)
+    assert (tmp_path / "packed" / "index.json").stat().st_size < 2000
+    source = read_index(tmp_path / "packed")["source"]
+    assert source["source"] == str(corpus) and source["num_files"] == 3000
+    pack([*corpus.iterdir()], tmp_path / "listed", tokenizer)
+    assert (tmp_path / "listed" / "index.json").stat().st_size < 2000
+
+
+def test_what_has_changed_is_said_in_a_few_lines(corpus, tokenizer, tmp_path):
+    folder = tmp_path / "packed"
+    pack(corpus, folder, tokenizer)
+    before = contents(folder)
+
+    def message():
+        with pytest.raises(
+            ValueError, match="other settings: source="
+        ) as error:
+            pack(corpus, folder, tokenizer)
+        assert len(str(error.value)) < 1500
+        assert contents(folder) == before
+        return str(error.value)
+
+    (corpus / ("long" * 50 + ".txt")).write_text("more")
+    assert re.search(r"New: '\.\.\.[long]{50,60}\.txt'\. Pass", message())
+    (corpus / "story-number-00007.txt").unlink()
+    for number in range(1000, 1600):
+        (corpus / f"story-number-{number:05d}.txt").write_text("Longer.")
+    text = message()
+    assert "00007.txt'. " in text and "Missing: " in text
+    assert re.search("Changed: .*01000.*01001.*01002.*and 597 more", text)
+    assert "'num_files': 3000" not in text  # That is as it was.
+    (folder / listing.FILE_NAME).write_bytes(b"damaged")
+    before = contents(folder)
+    assert "New:" not in message()
+
+
+def test_the_order_of_paths_matters(corpus, tokenizer, tmp_path):
+    paths = sorted(corpus.iterdir())[:2]
+    pack(paths, tmp_path / "packed", tokenizer)
+    pack(paths, tmp_path / "packed", tokenizer)
+    with pytest.raises(ValueError, match="files are in another order"):
+        pack(paths[::-1], tmp_path / "packed", tokenizer)
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_an_index_of_an_earlier_version(corpus, tokenizer, tmp_path, is_list):
+    """It lists the files, and still is known to be of the same source."""
+    paths, folder = sorted(corpus.iterdir()), tmp_path / "packed"
+    source = paths if is_list else corpus
+    pack(source, folder, tokenizer)
+    (folder / listing.FILE_NAME).unlink()
+    index = read_index(folder)
+    index["source"] = {
+        "source": [*map(str, paths)] if is_list else str(corpus),
+        "column": "text",
+        "files": {str(path): path.stat().st_size for path in paths},
+    }
+    write_index(folder, index)
+    before = contents(folder)
+    pack(source, folder, tokenizer)
+    assert contents(folder) == before
+    paths[5].write_text("Longer than before.")
+    with pytest.raises(ValueError, match="Changed: .*00005.txt'") as error:
+        pack(source, folder, tokenizer)
+    assert len(str(error.value)) < 1500
+    (folder / "index.json").write_bytes(b" " * 50_000_001)
+    with pytest.raises(ValueError, match="at most 50000000.*overwrite=True"):
+        pack(source, folder, tokenizer)
+
+
+def test_names_that_are_not_utf8(tokenizer, tmp_path):
+    corpus = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(corpus)
+    with open(os.fsencode(corpus) + b"/\xe9t\xe9.txt", "w") as file:
+        file.write("Once upon a time.")
+    for source in (
+        corpus,
+        f"{corpus}/*.txt",
+        [Path(corpus, "\udce9t\udce9.txt")],
+    ):
+        folder = tmp_path / "packed"
+        pack(source, folder, tokenizer, overwrite=True)
+        before = contents(folder)
+        assert read_index(folder)["complete"]
+        pack(source, folder, tokenizer)
+        assert contents(folder) == before
+
+
+def test_the_report_names_what_is_not_read(tokenizer, tmp_path, capsys):
+    for name in (
+        "a.txt",
+        "[b].csv",
+        ".git/x.txt",
+        *(f"._{n}" for n in range(9)),
+    ):
+        path = tmp_path / "corpus" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("Once upon a time.")
+    report = pack(
+        tmp_path / "corpus", tmp_path / "packed", tokenizer, progress=True
+    )
+    assert report.documents == 1
+    assert {reason: len(n) for reason, n in report.skipped.items()} == {
+        "hidden": 10,
+        "of another format": 1,
+    }
+    lines = str(report).splitlines()
+    assert lines[1].startswith("Not read: 10 hidden: ")
+    assert lines[1].endswith(" and 7 more")
+    assert lines[2].endswith("/[b].csv'")
+    assert lines[2] in capsys.readouterr().out

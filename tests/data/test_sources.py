@@ -1,14 +1,18 @@
 """Documents out of files, repositories, data sets and iterables."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow
 import pytest
+from huggingface_hub import constants
 from pyarrow import parquet
 
-from keras_bwetaf.data import pack, read_documents
+from keras_bwetaf.data import hub_files, pack, read_documents
+from tests import hub_server
 
 TEXTS = ["one", "", "two\nlines", "\0 null byte", "été", "last"]
 
@@ -289,6 +293,98 @@ def test_hub_errors(hub, repository):
     hub.corrupt.add("a.jsonl")
     with pytest.raises(ValueError, match="corrupt"):
         list(read_documents("hf://datasets/owner/name/a.jsonl"))
+
+
+def break_off(hub, monkeypatch, how):
+    """The Hub can't be reached any longer."""
+    hub.stop()
+    if how == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("how", ["offline", "gone"])
+def test_hub_files_are_read_from_the_cache(
+    hub, repository, tokenizer, tmp_path, monkeypatch, how
+):
+    commit = repository(
+        "owner/name", {"a.jsonl": ["1"], "b.parquet": ["2"], "c.jsonl": ["3"]}
+    )
+    source, folder = "hf://datasets/owner/name/[ab].*", tmp_path / "packed"
+    online = read_documents(source)
+    assert list(online) == ["1", "2"]
+    pack(source, folder, tokenizer, num_workers=1, progress=False)
+    break_off(hub, monkeypatch, how)
+    for revision in ("", "@main", f"@{commit}"):
+        cached = read_documents(source.replace("name/", f"name{revision}/"))
+        assert list(cached) == ["1", "2"]
+        assert cached.files == online.files
+    report = pack(source, folder, tokenizer, num_workers=1, progress=False)
+    assert report.documents == 2
+    # A file that the repository has, and the cache has not, is not left out.
+    with pytest.raises(ConnectionError, match="name/c.jsonl .*data set"):
+        list(read_documents("hf://datasets/owner/name/*"))
+    with pytest.raises(ConnectionError, match="data set") as error:
+        read_documents("hf://datasets/owner/other/*")
+    assert "model" not in str(error.value)
+
+
+def test_hub_files_of_another_programs_cache(hub, repository, monkeypatch):
+    repository("owner/name", {"d/a.jsonl": ["1"], "d/b.parquet": ["2"]})
+    source = "hf://datasets/owner/name/d/*"
+    online = read_documents(source)
+    for path in Path(constants.HF_ASSETS_CACHE).rglob("*.json"):
+        path.unlink()
+    huggingface_hub.snapshot_download("owner/name", repo_type="dataset")
+    break_off(hub, monkeypatch, "gone")
+    with pytest.warns(UserWarning, match="taken for all. Received: 2 files"):
+        cached = read_documents(source)
+    assert list(cached) == ["1", "2"] and cached.files == online.files
+
+
+def test_a_large_file_in_the_cache_is_known_by_its_pointer(tmp_path):
+    content = b"large"
+    blob = tmp_path / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(content)
+    (tmp_path / "a.parquet").symlink_to(blob)
+    pointer = tmp_path / "pointer"
+    pointer.write_text(
+        "version https://git-lfs.github.com/spec/v1\n"
+        f"oid sha256:{blob.name}\nsize 5\n"
+    )
+    expected = hub_server.File("a.parquet", pointer.read_bytes()).git
+    assert hub_files._blob_id(tmp_path / "a.parquet") == expected
+
+
+def test_a_cache_that_cannot_be_written_is_no_hindrance(
+    repository, tmp_path, monkeypatch
+):
+    repository("owner/name", {"a.jsonl": ["1"]})
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "file"))
+    assert list(read_documents("hf://datasets/owner/name/*")) == ["1"]
+
+
+def test_globs_and_folders_of_the_hub_are_those_of_this_machine(
+    repository, tmp_path, monkeypatch
+):
+    names = ["root", "data/a", "data/old/a", "data/sub/b", "data/.h/c", "[a]"]
+    repository("owner/name", {f"{name}.jsonl": [name] for name in names})
+    monkeypatch.chdir(tmp_path / "owner" / "name")
+    for path in (
+        "*.jsonl", "data/*.jsonl", "**/*.jsonl", "**", "data", "data/",
+        "data/**", "*/*/b.jsonl", "data/[a].jsonl", "[a].jsonl", "data/.h/*",
+    ):  # fmt: skip
+        local = read_documents(path)
+        remote = read_documents(f"hf://datasets/owner/name/{path}")
+        assert list(remote) == list(local)
+    assert read_documents("data").skipped == {"hidden": ["data/.h"]}
+    remote = read_documents("hf://datasets/owner/name/data")
+    assert remote.skipped == {"hidden": ["data/.h/c.jsonl"]}
+    assert list(read_documents("data/*.jsonl")) == ["data/a"]
+    for path in ("data/{a,b}.jsonl", "*.txt", "dat"):
+        for source in (path, f"hf://datasets/owner/name/{path}"):
+            with pytest.raises(FileNotFoundError):
+                read_documents(source)
 
 
 # TensorFlow data sets.
