@@ -12,6 +12,8 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 # optax and Keras call the moments.
 STEP = "step"
 MOMENTS = (("exp_avg", "mu", "momentum"), ("exp_avg_sq", "nu", "velocity"))
+# The template of a post-processor that adds nothing to a text.
+WHOLE_TEXT = [{"Sequence": {"id": "A", "type_id": 0}}]
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,40 @@ def token_ids(tokenizer, source):
     return (
         vocabulary if isinstance(vocabulary, dict) else {}
     ) | special, special
+
+
+def same_tokenizer(left, right):
+    """Whether two `tokenizers` JSON make the same tokens of a text.
+
+    `transformers` writes a file in the newest form, with the truncation and
+    padding that it was last called with, and a post-processor that may add
+    nothing.
+
+    Args:
+        left, right: bytes, or None.
+    """
+    if None in (left, right):
+        return left == right
+    left, right = (
+        _tokens_of(parse_json(each, "the tokenizer")) for each in (left, right)
+    )
+    return left == right
+
+
+def _tokens_of(content):
+    """What of a `tokenizers` JSON decides on the tokens."""
+    content = content | {"truncation": None, "padding": None}
+    post = content.get("post_processor")
+    if isinstance(post, dict) and post.get("single") == WHOLE_TEXT:
+        content["post_processor"] = None
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+        merges = [
+            each.split(" ") if isinstance(each, str) else each
+            for each in model["merges"]
+        ]
+        content["model"] = {"ignore_merges": False, **model, "merges": merges}
+    return content
 
 
 def end_token_id(tokenizer, tokenizer_source, end_token, settings_source):

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import converters
 from converters.checkpoint import FLOATS
+from converters.errors import printable
 from converters.formats import FORMATS
 
 app = typer.Typer(
@@ -100,12 +101,12 @@ def convert(
         return
     print(
         f"{report['from']} -> {report['to']}: {report['tensors']} tensors, "
-        f"{decimal(report['bytes'])}, in {target}"
+        f"{decimal(report['bytes'])}, in {printable(str(target))}"
     )
     for name, count in report["non_finite"].items():
         print(f"warning: {count} values of {name} are NaN or infinite")
     if report["left_behind"]:
-        print(f"left behind: {', '.join(report['left_behind'])}")
+        print(f"left behind: {printable(', '.join(report['left_behind']))}")
 
 
 @app.command()
@@ -129,16 +130,22 @@ def inspect(
     )
     for row in report["tensors"]:
         table.add_row(
-            row["name"],
+            printable(row["name"]),
             row["dtype"],
             " x ".join(map(str, row["shape"])),
             decimal(row["bytes"]),
             row["sha256"][:12],
             *(str(row[key] or "") for key in ("nan", "inf")),
         )
-    # Not folded to 80 columns in a pipe or a file.
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table, highlight=False)
+    console = Console(
+        # Not folded to 80 columns in a pipe or a file.
+        width=None if sys.stdout.isatty() else 200,
+        # A name is no markup.
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    console.print(table)
     print(
         f"{report['format']}: {report['parameters']:,} parameters, "
         f"{len(report['tensors'])} tensors, {decimal(report['bytes'])}"
@@ -204,5 +211,6 @@ def main():
     try:
         app(prog_name="bwetaf-convert")
     except (OSError, ValueError) as error:
-        print(f"bwetaf-convert: {error}", file=sys.stderr)
+        message = printable(str(error), keep="\n")
+        print(f"bwetaf-convert: {message}", file=sys.stderr)
         sys.exit(2 if "verify" in sys.argv[1:2] else 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 from converters import kept
 from converters.checkpoint import FLOATS, STEP
 from converters.errors import CheckpointError, refuse
-from converters.files import new_folder
+from converters.files import local_path, new_folder
 from converters.formats import (
     FORMATS,
     WRITE,
@@ -80,10 +80,12 @@ def convert(
         duplicate_head=duplicate_head,
     )
     _check_options(**options)
-    if Path(target).resolve() in folder.resolve().parents:
+    if local_path("target", target).resolve() in folder.resolve().parents:
         raise CheckpointError(
             f"{target}: the target holds the source. Choose another name."
         )
+    layout = detect_format(folder)
+    left_behind = other_files(folder, layout)
     report = write_checkpoint(
         read_checkpoint(folder, optimizer),
         target,
@@ -93,9 +95,9 @@ def convert(
     )
     return {
         "source": str(source),
-        "from": detect_format(folder),
+        "from": layout,
         **report,
-        "left_behind": other_files(folder, detect_format(folder)),
+        "left_behind": left_behind,
     }
 
 
@@ -123,7 +125,7 @@ def write_checkpoint(
     Raises:
         As `convert`.
     """
-    target = Path(target)
+    target = local_path("target", target)
     _check_options(to, dtype, max_shard_size, duplicate_head)
     if overwrite:
         _check_target(target)

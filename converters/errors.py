@@ -1,12 +1,35 @@
 """The one error that this package raises about a checkpoint."""
 
 
+def printable(text, keep=""):
+    """Text that moves no cursor and changes no color of a terminal.
+
+    Names of tensors and files come from strangers, and may hold anything.
+
+    Args:
+        text: str.
+        keep: str. Characters that stay although they are not printable.
+
+    Returns:
+        str, in which all others are escaped, as in `repr`.
+    """
+    return "".join(
+        each
+        if each.isprintable() or each in keep
+        else each.encode("unicode_escape").decode()
+        for each in text
+    )
+
+
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, written or converted.
 
     The message names the file, what was received, what was expected and
     what to do about it. Where several things are wrong, it lists them all.
     """
+
+    def __init__(self, message):
+        super().__init__(printable(message, keep="\n"))
 
 
 def all_of(*readers):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import warnings
@@ -15,6 +16,32 @@ from converters.errors import CheckpointError
 MAX_JSON_BYTES = 50_000_000
 MAX_JSON_DEPTH = 64
 LFS_POINTER = b"version https://git-lfs"
+# Of another machine, even where pathlib made one slash of two; a drive of
+# Windows has one letter.
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def local_path(name, path):
+    """Where to write, if it is on this machine.
+
+    Args:
+        name: str. The argument's, for the message.
+        path: str or path.
+
+    Returns:
+        A `Path`.
+
+    Raises:
+        CheckpointError: if it is an address, such as `"gs://bucket/name"`,
+            of which pathlib would make folders.
+    """
+    if ADDRESS.match(os.fspath(path)):
+        raise CheckpointError(
+            f"`{name}` must be a path of this machine. Write to a folder, and "
+            "copy it from there, such as with `hf upload` or `gcloud storage "
+            f"cp`. Received: {name}={os.fspath(path)!r}"
+        )
+    return Path(path)
 
 
 def read_bytes(path):
@@ -178,8 +205,10 @@ def new_file(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # Writing says that a disk is full.
         raise
 
 

@@ -1,12 +1,13 @@
 """The formats by name, and which of them a folder is in."""
 
 import fnmatch
+import os
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from converters import flax_folder, hugging_face_folder, kept, keras_folder
 from converters.checkpoint import token_ids
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, refuse
 from converters.files import read_json
 
 READ = {
@@ -28,6 +29,7 @@ FILES = {
     "torch": hugging_face_folder.FILES,
 }
 FORMATS = tuple(READ)
+KNOWN = {kept.FILE_NAME, *(name for names in FILES.values() for name in names)}
 
 
 def detect_format(folder):
@@ -41,7 +43,8 @@ def detect_format(folder):
         KerasHub preset) or `"torch"` (canonical, with PyTorch code).
 
     Raises:
-        CheckpointError: if it is none of them.
+        CheckpointError: if it is none of them, or a file of it is none, or a
+            link to elsewhere.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -49,6 +52,7 @@ def detect_format(folder):
             f"{folder}: expected a folder. Received: "
             f"{'a file' if folder.exists() else 'nothing there'}."
         )
+    _check_files(folder)
     if (folder / flax_folder.CONFIG).is_file():
         return "flax"
     found = sorted(path.name for path in folder.iterdir())
@@ -67,6 +71,34 @@ def detect_format(folder):
         "or config.json with model_type 'bwetaf' (safetensors, PyTorch) or "
         f"with registered_name (Keras). Received: {received}."
     )
+
+
+def _check_files(folder):
+    """A stranger's folder must not reach for the user's own files.
+
+    The folder itself may be a link. In the Hub's cache, files are links to
+    blobs.
+    """
+    root = Path(os.path.realpath(folder))
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    problems = []
+    for pattern in sorted(KNOWN):
+        for path in folder.glob(pattern):
+            name = path.relative_to(folder)
+            target = Path(os.path.realpath(path))
+            if not any(map(target.is_relative_to, allowed)):
+                problems.append(
+                    f"{name} is a link to {target}, out of the folder. Put "
+                    "the file itself there"
+                )
+            elif not path.is_file():
+                problems.append(
+                    f"{name} must be a file. Received: a folder, or what is "
+                    "no file at all"
+                )
+    refuse(folder, problems)
 
 
 def read_checkpoint(folder, optimizer=True):
@@ -112,9 +144,9 @@ def other_files(folder, layout=None):
         formats' files is listed, and not what is in it.
     """
     folder = Path(folder)
-    layouts = FORMATS if layout is None else (layout,)
-    known = {name for each in layouts for name in FILES[each]}
-    known.add(kept.FILE_NAME)
+    known = KNOWN
+    if layout is not None:
+        known = {kept.FILE_NAME, *FILES[layout]}
     parents = {
         parent.as_posix()
         for name in known

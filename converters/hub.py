@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fnmatch
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -12,10 +13,17 @@ from huggingface_hub import constants, errors
 
 from converters import flax_folder, kept
 from converters.errors import CheckpointError
-from converters.formats import FILES
+from converters.files import ADDRESS
+from converters.formats import FILES, KNOWN
+from converters.hugging_face_folder import CODE
 
-PREFIX = "hf://"
-SOURCE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(\S+))?")
+NAME = r"[\w.-]+/[\w.-]+"
+REPOSITORY = re.compile(rf"hf://({NAME})(?:@(\S+))?", re.IGNORECASE)
+PAGE = re.compile(
+    rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)({NAME})"
+    r"(?:/(?:tree|blob)/([^/\s]+))?.*",
+    re.IGNORECASE,
+)
 # What a full disk, or a folder that is not the user's, answers.
 DISK_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -23,6 +31,39 @@ DISK_ERRORS = {
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+def parse_source(name, source):
+    """Tells a repository of the Hub from a path.
+
+    Args:
+        name: str. The argument's, for messages.
+        source: str or path.
+
+    Returns:
+        `(repository, revision)`, the revision None where the address has
+        none; or None for a path.
+
+    Raises:
+        CheckpointError: if it is another address, or looks like a repository.
+    """
+    text = os.fspath(source)
+    if match := REPOSITORY.fullmatch(text):
+        return match.groups()
+    if page := PAGE.fullmatch(text):
+        expected = "hf://" + "@".join(filter(None, page.groups()))
+    elif re.fullmatch(NAME, text) and not os.path.exists(text):
+        expected = f"an existing folder, or hf://{text}"
+    elif ADDRESS.match(text):
+        expected = (
+            "a folder of this machine, to which other files have to be "
+            "downloaded first, or a repository of the Hub. This is written "
+            "hf://owner/repo or hf://owner/repo@revision, where the revision "
+            "is a branch, tag or commit of hf://owner/repo"
+        )
+    else:
+        return None
+    raise CheckpointError(f"Expected {expected}. Received: {name}={text!r}")
 
 
 def local_folder(source):
@@ -43,60 +84,128 @@ def local_folder(source):
         ConnectionError: if it is not in the cache and cannot be reached.
         OSError: if the cache cannot be written.
     """
-    if not isinstance(source, str) or not source.startswith(PREFIX):
+    repository = parse_source("source", source)
+    if repository is None:
         return Path(source)
-    match = SOURCE.fullmatch(source)
-    if not match:
-        raise CheckpointError(
-            "A repository is written hf://owner/repo or "
-            f"hf://owner/repo@revision. Received: {source!r}"
-        )
-    repo, revision = match[1], match[2] or constants.DEFAULT_REVISION
-    with clear_errors(repo, revision):
-        try:
-            return _download(repo, revision)
-        except errors.HTTPError:
-            # What was downloaded before does as well.
-            with contextlib.suppress(errors.LocalEntryNotFoundError):
-                return Path(
-                    huggingface_hub.snapshot_download(
-                        repo, revision=revision, local_files_only=True
-                    )
-                )
-            raise
-
-
-def _download(repo, revision):
-    info = huggingface_hub.HfApi().model_info(
-        repo, revision=revision, files_metadata=True
+    repo, revision = repository
+    revision = revision or constants.DEFAULT_REVISION
+    needed = KNOWN - set(CODE)  # Nobody reads a folder's code.
+    commit, files = resolve(
+        repo,
+        revision,
+        lambda _: cached_snapshot(repo, revision, needed) is not None,
     )
-    files = {file.rfilename: file for file in info.siblings}
     if flax_folder.CONFIG in files:
         known = FILES["flax"]
     elif any(name.endswith(".h5") for name in files):
         known = FILES["keras"]
     else:
         known = FILES["safetensors"]
-    names = [
-        name
-        for name in files
-        if any(
-            fnmatch.fnmatchcase(name, pattern)
-            for pattern in (*known, kept.FILE_NAME)
+    names = matching(files, [*known, kept.FILE_NAME])
+    with clear_errors(repo, revision):
+        return download(repo, revision, commit, files, names)
+
+
+def resolve(repo, revision, suffices):
+    """The commit of a revision, and its files.
+
+    Where the Hub gives no answer, what was downloaded before does as well.
+
+    Args:
+        repo: str, `"owner/name"`.
+        revision: str. Branch, tag or commit.
+        suffices: callable. Takes the names of the files in the cache, and
+            tells whether they are all that is needed.
+
+    Returns:
+        Two values: str, and dict of name to what the Hub says of a file, or
+        to None for one in the cache.
+
+    Raises:
+        As `local_folder`.
+    """
+    try:
+        with clear_errors(repo, revision):
+            info = huggingface_hub.HfApi().model_info(
+                repo, revision=revision, files_metadata=True
+            )
+    except OSError:
+        snapshot = cached_snapshot(repo, revision)
+        files = {
+            path.relative_to(snapshot).as_posix(): None
+            for path in (snapshot.rglob("*") if snapshot else ())
+            if path.is_file()
+        }
+        if not files or not suffices(files):
+            raise
+        return snapshot.name, files
+    return info.sha, {file.rfilename: file for file in info.siblings}
+
+
+def cached_snapshot(repo, revision, patterns=()):
+    """The folder of a revision in the Hub's cache; no network.
+
+    Args:
+        repo, revision: See `resolve`.
+        patterns: collection of str. Files that have to be there, as far as
+            it is known that the repository has them.
+
+    Returns:
+        Path of a folder, or None.
+    """
+    with contextlib.suppress(errors.LocalEntryNotFoundError):
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(patterns),
+                local_files_only=True,
+            )
         )
-    ]
+
+
+def download(repo, revision, commit, files, names):
+    """Downloads and checks files, as far as they are not in the cache.
+
+    Args:
+        repo: str, `"owner/name"`.
+        revision: str. Branch, tag or commit.
+        commit, files: What `resolve` returned.
+        names: list of str, out of `files`.
+
+    Returns:
+        Path of the folder in the Hub's cache.
+
+    Raises:
+        ValueError: if a download is corrupt.
+        ConnectionError: if the revision is another commit by now.
+        OSError: what `clear_errors` makes clear.
+    """
     folder = Path(
         huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=names
+            repo,
+            revision=revision,
+            allow_patterns=names,
+            # Where the Hub gave no answer, it is not asked again.
+            local_files_only=not any(files.values()),
         )
     )
-    if folder.name != info.sha:
+    if folder.name != commit:
         raise ConnectionError(
             f"{repo}: {revision} changed during the download. Try again."
         )
     for name in names:
         check_digest(folder / name, files[name])
     return folder
+
+
+def matching(names, patterns):
+    """Those of some names that match a pattern."""
+    return [
+        name
+        for name in names
+        if any(fnmatch.fnmatchcase(name, each) for each in patterns)
+    ]
 
 
 def check_digest(path, file):
@@ -166,9 +275,9 @@ def _explain(error, repo, revision, kind):
         )
     if isinstance(error, errors.OfflineModeIsEnabled):
         return ConnectionError(
-            f"{where} is not in the cache, and HF_HUB_OFFLINE forbids to "
-            "download it. Unset HF_HUB_OFFLINE, or pass a folder that holds "
-            f"the {kind}."
+            f"{where} is not in the cache, or not all of it, and "
+            "HF_HUB_OFFLINE forbids to download it. Unset HF_HUB_OFFLINE, or "
+            f"pass a folder that holds the {kind}."
         )
     if response is not None:
         return ConnectionError(

@@ -112,11 +112,7 @@ def read(folder, optimizer=True):
     """
     folder = Path(folder)
     keras_config = read_config(folder)
-    documents = {
-        name: document
-        for name in (CONFIG, METADATA, TOKENIZER_CONFIG, PREPROCESSOR, TASK)
-        if (document := read_json_or_none(folder / name)) is not None
-    }
+    documents = read_documents(folder)
     tokenizer, special_tokens = read_bytes_or_none(folder / TOKENIZER), {}
     if tokenizer is not None:
         settings = read_json(folder / TOKENIZER_CONFIG).get("config")
@@ -135,7 +131,7 @@ def read(folder, optimizer=True):
         ),
         source=folder / CONFIG,
     )
-    if "Quantized" in json.dumps(keras_config.get("dtype")):
+    if _is_quantized(keras_config):
         raise CheckpointError(
             f"{folder / CONFIG}: the weights are quantized, and have no place "
             "in a checkpoint of floats. Convert the model before it is "
@@ -164,6 +160,48 @@ def read(folder, optimizer=True):
             kept.read_kept(folder), "keras", documents, _documents(checkpoint)
         ),
     )
+
+
+def read_documents(folder):
+    """Reads the JSON files of a folder.
+
+    Args:
+        folder: path.
+
+    Returns:
+        dict of name to dict, of those that are there.
+
+    Raises:
+        CheckpointError: if one of them is damaged.
+    """
+    return {
+        name: document
+        for name in (CONFIG, METADATA, TOKENIZER_CONFIG, PREPROCESSOR, TASK)
+        if (document := read_json_or_none(folder / name)) is not None
+    }
+
+
+def check_weights(folder):
+    """Checks the weights of a folder, which may be quantized.
+
+    Args:
+        folder: path.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or if the weights
+            do not fit the configuration. Of quantized ones, it is not known
+            what they should be.
+    """
+    config = read_config(folder)
+    if _is_quantized(config):
+        _read_files(folder)
+    else:
+        canonical = config_from_keras(config, source=folder / CONFIG)
+        _read_weights(folder, tensors(canonical))
+
+
+def _is_quantized(config):
+    return "Quantized" in json.dumps(config.get("dtype"))
 
 
 def write(folder, checkpoint, read, done):

@@ -24,19 +24,40 @@ DTYPES = {
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
+class MappedFile(mmap.mmap):
+    """A file in memory, which knows its name."""
+
+    path = None
+
+    def check_size(self):
+        """Looks whether the file is as long as it was.
+
+        Reading beyond a file's end would end the process.
+
+        Raises:
+            CheckpointError: if it is shorter.
+        """
+        if self.size() < len(self):
+            raise CheckpointError(
+                f"{self.path}: the file was cut short while it was read. "
+                f"Expected: {len(self)} bytes. Received: {self.size()}. Fetch "
+                "or export it again."
+            )
+
+
 @dataclass(frozen=True, repr=False)
 class MappedTensor:
     """A tensor that stays in its file until it is asked for.
 
     Args:
-        buffer: mmap.mmap of the whole file.
+        buffer: `MappedFile`, the whole file.
         dtype: numpy dtype.
         shape: tuple of int.
         segments: tuple of (offset, number of bytes), one for each piece of
             the tensor, in order.
     """
 
-    buffer: mmap.mmap
+    buffer: MappedFile
     dtype: np.dtype
     shape: tuple
     segments: tuple
@@ -47,6 +68,7 @@ class MappedTensor:
 
     def array(self):
         """Returns the values: a read-only view, or a copy of the pieces."""
+        self.buffer.check_size()
         if len(self.segments) == 1:
             offset = self.segments[0][0]
             return np.ndarray(self.shape, self.dtype, self.buffer, offset)
@@ -113,7 +135,7 @@ def map_file(path):
         path: str or path.
 
     Returns:
-        mmap.mmap. It closes when the last tensor that uses it goes.
+        `MappedFile`. It closes when the last tensor that uses it goes.
 
     Raises:
         CheckpointError: if the file is missing or empty.
@@ -121,14 +143,16 @@ def map_file(path):
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: the file is missing. Expected: the model's weights."
+            f"{path}: the file is missing. Expected: the model's weights. "
+            "Fetch or export it again."
         )
     if path.stat().st_size == 0:
         raise CheckpointError(
             f"{path}: the file is empty. Fetch or export it again."
         )
     with open(path, "rb") as file:
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        buffer = MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ)
+    buffer.path = path
     check_is_content(path, buffer[:64])
     return buffer
 

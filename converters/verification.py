@@ -3,6 +3,7 @@
 import numpy as np
 
 from converters.bwetaf_v3_config import CANONICAL_NAMES
+from converters.checkpoint import same_tokenizer
 from converters.formats import detect_format, read_checkpoint
 from converters.hub import local_folder
 from converters.mapped import blocks, different
@@ -58,11 +59,11 @@ def verify(left, right, *, optimizer=True, logits=True, progress=None):
         for name in [*CANONICAL_NAMES, "eos_token_id"]
         if one.config[name] != two.config[name]
     }
-    files = [
-        name
-        for name in ("tokenizer", "special_tokens")
-        if getattr(one, name) != getattr(two, name)
-    ]
+    files = []
+    if not same_tokenizer(one.tokenizer, two.tokenizer):
+        files.append("tokenizer")
+    if one.special_tokens != two.special_tokens:
+        files.append("special_tokens")
     if None not in (one.stats, two.stats) and one.stats != two.stats:
         files.append("stats")  # Not the model's: one of them may lack it.
     compared, differences = _compare(*map(_all_tensors, sides), progress)

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from converters.errors import printable
 from keras_bwetaf.training.settings import TrainingSettings, read_settings
 
 app = typer.Typer(
@@ -168,9 +169,9 @@ def info(
             math.prod(tensor.shape)
             for tensor in tensors(converters.config_from_keras(config))
         )
-    table = Table("", "", title=preset, show_header=False)
+    table = Table("", "", title=printable(preset), show_header=False)
     for name, value in config.items():
-        table.add_row(name, str(value))
+        table.add_row(printable(name), printable(str(value)))
     table.add_section()
     table.add_row("parameters", f"{parameters:,}")
     table.add_section()
@@ -180,11 +181,12 @@ def info(
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 name = path.relative_to(folder).as_posix()
-                table.add_row(name, decimal(path.stat().st_size))
-    console = Console()
+                table.add_row(printable(name), decimal(path.stat().st_size))
+    # A name is no markup.
+    console = Console(markup=False, emoji=False, highlight=False)
     console.print(table)
     if folder is not None:
-        console.print(str(folder), soft_wrap=True, highlight=False)
+        console.print(printable(str(folder)), soft_wrap=True)
 
 
 @app.command()
@@ -348,4 +350,4 @@ def main():
         TypeError,  # An unknown name in a table of settings.
         ValueError,
     ) as error:
-        sys.exit(f"keras-bwetaf: {error}")
+        sys.exit("keras-bwetaf: " + printable(str(error), keep="\n"))

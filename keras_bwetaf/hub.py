@@ -1,7 +1,7 @@
 """A repository of the Hugging Face Hub -> a local folder, once."""
 
 import dataclasses
-import fnmatch
+import errno
 import shutil
 from pathlib import Path
 from urllib.parse import quote
@@ -15,7 +15,14 @@ from huggingface_hub import constants
 import converters
 from converters import flax_folder, hugging_face_folder, keras_folder
 from converters.files import new_file
-from converters.hub import check_digest, clear_errors
+from converters.hub import (
+    cached_snapshot,
+    clear_errors,
+    download,
+    matching,
+    resolve,
+)
+from keras_bwetaf.panics import clear_panics
 
 # The file of `tokenizers`, by format.
 TOKENIZERS = {
@@ -68,8 +75,26 @@ FILES = {
             keras_folder.METADATA,
         ],
     ),
+    "sharded keras": (
+        [
+            keras_folder.CONFIG,
+            keras_folder.SHARDS,
+            keras_folder.TOKENIZER_CONFIG,
+            keras_folder.TOKENIZER,
+        ],
+        [
+            keras_folder.TASK,
+            keras_folder.PREPROCESSOR,
+            keras_folder.METADATA,
+            "model_?????.weights.h5",
+        ],
+    ),
 }
 WEIGHTS = (".pkl", ".safetensors", ".h5")
+# What a cache answers that is read-only or full.
+UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+}
 
 
 def _assets(repo):
@@ -105,7 +130,7 @@ def cached(repo, revision):
     converted = _assets(repo) / commit
     if converted.is_dir():
         return converted
-    snapshot = _snapshot(repo, commit)
+    snapshot = cached_snapshot(repo, commit)
     return snapshot if snapshot and _is_ready(snapshot) else None
 
 
@@ -118,19 +143,11 @@ def _is_ready(snapshot):
     )
 
 
-def _snapshot(repo, revision):
-    """The Hub cache's own folder of a revision, or None; no network."""
-    for needed, _ in FILES.values():
-        path = huggingface_hub.try_to_load_from_cache(
-            repo, needed[0], constants.HF_HUB_CACHE, revision
-        )
-        if isinstance(path, str):
-            return Path(path).parent
-    return None
-
-
 def fetch(repo, revision, weights, check):
     """Downloads a revision; with weights, checks, converts and pins it.
+
+    A cache that cannot be written does as well, if it holds all that is
+    needed.
 
     Args:
         repo: str, `"owner/name"`.
@@ -142,7 +159,11 @@ def fetch(repo, revision, weights, check):
     Returns:
         Path of a folder.
     """
-    commit, files = _resolve(repo, revision, weights)
+    pin = _pin(repo, revision)
+    known = pin.read_text() if pin.is_file() else revision
+    commit, files = resolve(
+        repo, known, lambda names: not _choose(names, weights)[1]
+    )
     names, missing = _choose(files, weights)
     if missing:
         raise FileNotFoundError(
@@ -150,44 +171,27 @@ def fetch(repo, revision, weights, check):
             f"{', '.join(missing)}. Its owner has to add them, or pass a "
             "folder that holds the model."
         )
-    with clear_errors(repo, revision):
+
+    def fetched():
+        return _download(repo, known, commit, files, names, check)
+
+    with clear_errors(repo, known):
         if not weights:
-            return _download(repo, commit, files, names, check)
-        with _lock(repo):
-            # Another process may have been faster.
-            folder = cached(repo, commit)
-            if folder is None:
-                folder = _download(repo, commit, files, names, check)
-            for name in (commit, revision):
-                pin = _pin(repo, name)
-                pin.parent.mkdir(parents=True, exist_ok=True)
-                with new_file(pin) as file:
-                    file.write(commit.encode())
-            return folder
-
-
-def _resolve(repo, revision, weights):
-    """Returns the commit of a revision and its files by name."""
-    pin = _pin(repo, revision)
-    if pin.is_file():
-        revision = pin.read_text()
-    try:
-        with clear_errors(repo, revision):
-            info = huggingface_hub.HfApi().model_info(
-                repo, revision=revision, files_metadata=True
-            )
-    except ConnectionError:
-        # What another program put into the Hub's cache does as well.
-        snapshot = _snapshot(repo, revision)
-        files = {
-            path.relative_to(snapshot).as_posix(): None
-            for path in (snapshot.rglob("*") if snapshot else ())
-        }
-        _, missing = _choose(files, weights)
-        if missing:
-            raise
-        return snapshot.name, files
-    return info.sha, {file.rfilename: file for file in info.siblings}
+            return fetched()
+        try:
+            with _lock(repo):
+                # Another process may have been faster.
+                folder = cached(repo, commit) or _keep(repo, commit, fetched())
+                for name in (commit, revision):
+                    pin = _pin(repo, name)
+                    pin.parent.mkdir(parents=True, exist_ok=True)
+                    with new_file(pin) as file:
+                        file.write(commit.encode())
+                return folder
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+        return fetched()
 
 
 def _choose(files, weights):
@@ -200,18 +204,13 @@ def _choose(files, weights):
         for name in needed + welcome
         if weights or not name.endswith(WEIGHTS)
     ]
-    return (
-        [
-            name
-            for name in files
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in names)
-        ],
-        [name for name in names if name in needed and name not in files],
-    )
+    return matching(files, names), [
+        name for name in names if name in needed and name not in files
+    ]
 
 
-def _download(repo, commit, files, names, check):
-    """Downloads and checks files, and converts them if need be.
+def _download(repo, revision, commit, files, names, check):
+    """Downloads and checks files.
 
     What turns out to be no model is removed, unless the user had it before.
     """
@@ -221,31 +220,39 @@ def _download(repo, commit, files, names, check):
     try:
         # Weights come last: first it must be a model of this architecture.
         for batch in filter(None, (small, weights)):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    repo, revision=commit, allow_patterns=batch
-                )
-            )
-            for name in batch:
-                check_digest(folder / name, files[name])
+            folder = download(repo, revision, commit, files, batch)
             check(folder)
             _check_content(folder, batch)
-        layout = converters.detect_format(folder)
-        if weights and layout in ("safetensors", "torch"):
-            converters.read_checkpoint(folder, optimizer=False)
-        if weights and layout == "flax":
-            target = _assets(repo) / commit
-            for leftover in target.parent.glob(".*.tmp"):
-                shutil.rmtree(leftover)  # of a process that was killed
-            converters.convert(
-                folder, target, to="safetensors", optimizer=False
-            )
-            return target
+        if weights:
+            check_weights(folder)
         return folder
     except ValueError:
         if not cached_before:
             _forget(repo, commit)
         raise
+
+
+def check_weights(folder):
+    """Reads and checks a model folder, but the values of its weights.
+
+    Raises:
+        ValueError: if a file is damaged or missing, or they do not fit.
+    """
+    if converters.detect_format(folder) == "keras":
+        keras_folder.check_weights(folder)  # They may be quantized.
+    else:
+        converters.read_checkpoint(folder, optimizer=False)
+
+
+def _keep(repo, commit, folder):
+    """Converts a folder of the original's format, in which loading is slow."""
+    if converters.detect_format(folder) != "flax":
+        return folder
+    target = _assets(repo) / commit
+    for leftover in target.parent.glob(".*.tmp"):
+        shutil.rmtree(leftover)  # of a process that was killed
+    converters.convert(folder, target, to="safetensors", optimizer=False)
+    return target
 
 
 def _check_content(folder, names):
@@ -255,7 +262,8 @@ def _check_content(folder, names):
         try:
             if name == tokenizer:
                 content = (folder / name).read_bytes()
-                tokenizers.Tokenizer.from_buffer(content)
+                with clear_panics():
+                    tokenizers.Tokenizer.from_buffer(content)
             elif name.endswith(".h5"):
                 h5py.File(folder / name).close()
         except (OSError, ValueError) as error:

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import os
-import re
 import warnings
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import converters
 from converters import flax_folder, hugging_face_folder, keras_folder
 from converters.bwetaf_v3 import tensors
 from converters.files import read_json
+from converters.hub import parse_source
 from keras_bwetaf import hub
 
 PRESETS = {
@@ -62,8 +62,6 @@ TOKENIZER_SETTINGS = {
     ),
 }
 TOKENIZER_SETTINGS["torch"] = TOKENIZER_SETTINGS["safetensors"]
-HUB_PREFIX = "hf://"
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def list_presets():
@@ -94,9 +92,10 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
     the model loads without the network.
 
     Args:
-        preset: str or path. One of `list_presets()`, `"hf://owner/repo"`, or
-            a folder. A repository or folder is in the original's Flax
-            format, holds safetensors, or was saved by `save_to_preset()`.
+        preset: str or path. One of `list_presets()`, `"hf://owner/repo"`
+            (with `"@revision"` at the end if need be), or a folder. A
+            repository or folder is in the original's Flax format, holds
+            safetensors, or was saved by `save_to_preset()`.
         dtype: str or `keras.DTypePolicy`. Dtype of computation and weights.
             Defaults to the global policy; quantized weights keep theirs.
         load_weights: bool. `False` starts from random weights and downloads
@@ -118,7 +117,7 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
             files does not exist.
         PermissionError: If the repository needs a login.
         ConnectionError: If the network is needed and cannot be reached.
-        OSError: If the cache cannot be written.
+        OSError: If the cache cannot be written and does not hold all files.
 
     Example:
 
@@ -141,6 +140,8 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
         return BwETAFCausalLM(backbone, preprocessor=None)
     layout = converters.detect_format(folder)
     saved = backbone_config(folder)
+    if load_weights:
+        hub.check_weights(folder)  # A wrong size may ask for any memory.
     if layout == "keras":
         backbone = _keras_backbone(folder, saved, config, dtype, load_weights)
     elif not load_weights:
@@ -211,7 +212,9 @@ def load_tokenizer(preset, revision=None, **options):
     folder = preset_folder(preset, revision, weights=False)
     layout = converters.detect_format(folder)
     if layout == "keras":
-        return Tokenizer.from_preset(str(folder), **options)
+        keras_folder.read_documents(folder)
+        with _clear_errors(folder):
+            return Tokenizer.from_preset(str(folder), **options)
     return _tokenizer(folder, layout, **options)
 
 
@@ -248,7 +251,11 @@ def backbone_config(folder):
     """
     layout = converters.detect_format(folder)
     if layout == "keras":
-        return keras_folder.read_config(folder)
+        config = keras_folder.read_config(folder)
+        converters.config_from_keras(
+            config, source=folder / keras_folder.CONFIG
+        )
+        return config
     if layout == "flax":
         path = folder / flax_folder.CONFIG
         config = converters.config_from_flax(read_json(path), source=path)
@@ -268,14 +275,14 @@ def _repository(preset, revision):
     known = PRESETS.get(preset) if isinstance(preset, str) else None
     if known and "repo" in known:
         return known["repo"], revision or known["revision"]
-    if isinstance(preset, str) and preset.startswith(HUB_PREFIX):
-        repo = preset.removeprefix(HUB_PREFIX)
-        if not REPOSITORY.fullmatch(repo):
+    if repository := parse_source("preset", preset):
+        repo, own = repository
+        if own and revision not in (None, own):
             raise ValueError(
-                "A repository is written hf://owner/repo. Received: "
-                f"preset={preset!r}"
+                "Two revisions are given. Leave one out. Received: "
+                f"preset={preset!r}, revision={revision!r}"
             )
-        return repo, revision or constants.DEFAULT_REVISION
+        return repo, own or revision or constants.DEFAULT_REVISION
     if not (known or os.path.isdir(preset)):
         raise ValueError(
             "Unknown preset: there is no such name and no such folder. Pass "
@@ -359,12 +366,27 @@ def _keras_backbone(folder, saved, config, dtype, load_weights):
             )
         _check_fit(_shapes(saved), _shapes({**saved, **config}))
     with skip_initialization() if load_weights else contextlib.nullcontext():
-        return BwETAFBackbone.from_preset(
-            str(folder),
-            load_weights=load_weights,
-            dtype=own_dtypes if dtype is None else dtype,
-            **config,
-        )
+        with _clear_errors(folder):
+            return BwETAFBackbone.from_preset(
+                str(folder),
+                load_weights=load_weights,
+                dtype=own_dtypes if dtype is None else dtype,
+                **config,
+            )
+
+
+@contextlib.contextmanager
+def _clear_errors(folder):
+    """Names the folder where Keras stumbles over what it holds."""
+    try:
+        yield
+    except (MemoryError, OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: Keras cannot load it. Export it again, or pass "
+            f"another folder. Received: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _own_dtypes(config):
@@ -382,7 +404,9 @@ def _preprocessor(folder, layout, backbone):
     )
 
     if layout == "keras":
-        return BwETAFCausalLMPreprocessor.from_preset(str(folder))
+        keras_folder.read_documents(folder)
+        with _clear_errors(folder):
+            return BwETAFCausalLMPreprocessor.from_preset(str(folder))
     return BwETAFCausalLMPreprocessor(
         _tokenizer(folder, layout), sequence_length=backbone.max_sequence_length
     )

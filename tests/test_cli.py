@@ -171,6 +171,25 @@ def test_info(run, folder, layout, tmp_path):
     assert str(target) in output
 
 
+def test_info_shows_names_as_they_are(run, folder, tmp_path):
+    target = tmp_path / "[red]:smile:\x1b[2J"
+    shutil.copytree(folder, target)
+    (target / "[b]\x1b]0;title\x07").touch()
+
+    status, output, _ = run("info", target)
+
+    assert status == 0
+    assert "\x1b" not in output and "\x07" not in output
+    assert r"[red]:smile:\x1b[2J" in output.splitlines()[-1]
+    assert r"[b]\x1b]0;title\x07" in output
+
+
+def test_errors_carry_no_escape_codes(run, tmp_path):
+    status, output, complaints = run("info", "\x1b[2J\x07")
+    assert (status, output) == (1, "")
+    assert r"\x1b[2J" in complaints and "\x1b" not in complaints
+
+
 def test_info_downloads_no_weights(
     run,
     folder,

@@ -1,6 +1,9 @@
+import copy
 import errno
+import functools
 import hashlib
 import json
+import operator
 import os
 import shutil
 import signal
@@ -11,6 +14,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import h5py
 import huggingface_hub
 import keras
 import numpy as np
@@ -26,6 +30,7 @@ from keras_bwetaf.presets import from_preset, list_presets
 from tests.hub_server import environment
 from tests.original import manager, tokenizer
 from tests.parity import weights_by_path
+from tests.read_only import read_only
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "owner/tiny"
@@ -97,6 +102,15 @@ def keras_folder(saved, tmp_path):
     lm = from_preset(saved[1])
     lm.save_to_preset(str(tmp_path / "keras"))
     return tmp_path / "keras"
+
+
+@pytest.fixture
+def sharded_keras_folder(saved, tmp_path):
+    folder = tmp_path / "sharded_keras"
+    from_preset(saved[1]).save_to_preset(folder, max_shard_size=8e-5)
+    assert len(list(folder.glob("model_*.weights.h5"))) > 1
+    assert not (folder / "model.weights.h5").exists()
+    return folder
 
 
 @pytest.fixture
@@ -179,6 +193,11 @@ def test_presets_describe_themselves():
         (None, None, "is a str or a path.*Received: preset=None of type None"),
         (3, None, "is a str or a path.*Received: preset=3 of type int"),
         (".", "main", "a folder has none. Received: preset='.', revision='m"),
+        ("owner/name", None, "or hf://owner/name. Received: preset='owner/n"),
+        ("hf://a/b@1", "2", "Two revisions.*preset='hf://a/b@1', revision='2"),
+        ("kaggle://a/b", None, "hf://owner/repo@.*preset='kaggle://a/b'"),
+        ("s3://a/b", None, "downloaded first.*Received: preset='s3://a/b'"),
+        ("https://hf.co/a/b", None, "Expected hf://a/b. Received: preset="),
     ],
 )
 def test_bad_names(preset, revision, message):
@@ -285,6 +304,104 @@ def test_folder_without_tokenizer(flax_folder):
     assert lm.preprocessor is None
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+KERAS_WEIGHTS = "model.weights.h5"
+KERAS_TOKENIZER = "assets/tokenizer/tokenizer.json"
+
+
+def flipped(data):
+    """The data with a byte flipped in each part that says what it holds."""
+    return bytes(
+        byte ^ 255 if at % 97 == 8 else byte for at, byte in enumerate(data)
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(KERAS_WEIGHTS, KERAS_TOKENIZER, "config.json", "task.json"),
+        *("tokenizer.json", "preprocessor.json", "metadata.json"),
+    ],
+)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: LFS,
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        flipped,
+        lambda data: b"[" * 100_000,
+        lambda data: b"[]",
+    ],
+    ids=["pointer", "half", "empty", "flipped", "deep", "list"],
+)
+def test_damaged_keras_folder(name, damage, keras_folder):
+    path = keras_folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError) as error:
+        from_preset(keras_folder)
+    assert str(path) in str(error.value)
+
+
+def test_missing_keras_weights(keras_folder):
+    (keras_folder / KERAS_WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="weights.h5: the file is missing"):
+        from_preset(keras_folder)
+
+
+def test_missing_tensors_of_a_keras_folder(keras_folder):
+    with h5py.File(keras_folder / KERAS_WEIGHTS, "a") as file:
+        del file["layers/transformer_block/attention/query/vars/0"]
+    with pytest.raises(ValueError, match="keras: missing tensor .*query"):
+        from_preset(keras_folder)
+
+
+def test_shards_of_a_keras_folder_in_a_bad_index(sharded_keras_folder):
+    path = sharded_keras_folder / "model.weights.json"
+    for text in (LFS, b"{}", b'{"weight_map": {"a": "../model_00000.h5"}}'):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match="model.weights.json"):
+            from_preset(sharded_keras_folder)
+
+
+def test_a_size_that_the_weights_do_not_have_takes_no_memory(canonical_folder):
+    path = canonical_folder / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("vocab_size", "intermediate_size"):
+        config[name] = 2**24
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has shape .*, but the config"):
+        from_preset(canonical_folder)
+
+
+def nested(value, path=()):
+    """Paths of all entries of a JSON value."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield (*path, key)
+            yield from nested(item, (*path, key))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["config.json", "preprocessor.json"])
+@pytest.mark.parametrize("odd", [None, -1, [{}], {"class_name": "x"}], ids=str)
+def test_odd_values_in_keras_folders(name, odd, keras_folder):
+    path = keras_folder / name
+    document = json.loads(path.read_text())
+    refused = 0
+    for place in nested(document):
+        changed = copy.deepcopy(document)
+        parent = functools.reduce(operator.getitem, place[:-1], changed)
+        parent[place[-1]] = odd
+        path.write_text(json.dumps(changed))
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                from_preset(keras_folder)
+        except ValueError:  # and no other kind of error
+            refused += 1
+    assert refused > 5
+
+
 @pytest.mark.parametrize("overrides", [{}, {"dropout": 0.25}])
 @pytest.mark.parametrize("part", ["backbone", "model"])
 def test_keras_preset_without_tokenizer(part, overrides, saved, tmp_path):
@@ -382,7 +499,7 @@ def test_flax_repository(
         assert_same_weights(first, from_preset(HUB, revision=revision))
 
 
-@pytest.mark.parametrize("layout", ["canonical", "keras"])
+@pytest.mark.parametrize("layout", ["canonical", "keras", "sharded_keras"])
 def test_other_repositories_load_from_the_hub_cache(
     layout,
     hub,
@@ -472,13 +589,97 @@ def test_repositories_for_transformers(layout, hub, hub_client, saved, request):
     assert_original(from_preset(HUB), saved)
 
 
-def test_missing_shard(hub, hub_client, sharded_folder):
-    shard = sorted(sharded_folder.glob("model-00002-of-*"))[0]
+@pytest.mark.parametrize(
+    "layout, shard, message",
+    [
+        ("sharded", "model-00002-of-*", "the shard {} is missing"),
+        ("sharded_keras", "model_00001.*", "{}: the file is missing"),
+    ],
+)
+def test_missing_shard(layout, shard, message, hub, hub_client, request):
+    folder = request.getfixturevalue(f"{layout}_folder")
+    (shard,) = folder.glob(shard)
     shard.unlink()
-    hub.add(REPO, sharded_folder)
-    with pytest.raises(ValueError, match=f"shard {shard.name} is missing"):
+    hub.add(REPO, folder)
+    with pytest.raises(ValueError, match=message.format(shard.name)):
         from_preset(HUB)
     assert_nothing_left(hub_client)
+
+
+def test_revision_in_the_address(hub, hub_client, canonical_folder):
+    hub.add(REPO, canonical_folder, branch="v1")
+    lm = from_preset(f"{HUB}@v1")
+    assert_same_weights(lm, from_preset(HUB.upper()[:2] + HUB[2:] + "@v1"))
+    assert_same_weights(lm, from_preset(f"{HUB}@v1", revision="v1"))
+    with pytest.raises(FileNotFoundError, match="revision main"):
+        from_preset(HUB)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("layout", ["flax", "canonical", "sharded_keras"])
+def test_read_only_cache(
+    layout, offline, hub, hub_client, saved, request, monkeypatch
+):
+    hub.add(REPO, request.getfixturevalue(f"{layout}_folder"))
+    huggingface_hub.snapshot_download(REPO)
+    downloads = hub.downloads()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    before = listing(hub_client)
+
+    with read_only(hub_client):
+        assert_original(from_preset(HUB), saved)
+        assert len(BwETAFTokenizer.from_preset(HUB)("the night sky")) > 0
+        assert converters.verify(HUB, saved[1], optimizer=False, logits=False)[
+            "same"
+        ]
+
+    assert listing(hub_client) == before
+    assert hub.downloads() == downloads
+
+
+def test_read_only_assets(hub, hub_client, saved, monkeypatch):
+    hub.add(REPO, saved[1])
+    (hub_client / "assets").mkdir(parents=True)
+    with read_only(hub_client / "assets"):
+        assert_original(from_preset(HUB), saved)
+    assert presets.cached_folder(HUB) is None
+    assert_original(from_preset(HUB), saved)
+    assert presets.cached_folder(HUB) is not None
+
+
+def test_read_only_cache_that_lacks_a_file(hub, hub_client, saved):
+    commit = hub.add(REPO, saved[1])
+    snapshot = Path(huggingface_hub.snapshot_download(REPO))
+    assert snapshot.name == commit
+    (snapshot / WEIGHTS).resolve().unlink()
+    (snapshot / WEIGHTS).unlink()
+    with read_only(hub_client):
+        with pytest.raises(OSError, match="Read-only.*Cannot write the cache"):
+            from_preset(HUB)
+
+
+def test_a_partial_cache_is_not_enough(
+    hub, hub_client, canonical_folder, monkeypatch
+):
+    hub.add(REPO, canonical_folder)
+    BwETAFTokenizer.from_preset(HUB)  # without weights
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    BwETAFTokenizer.from_preset(HUB)
+    with pytest.raises(ConnectionError, match="not all of it.*HF_HUB_OFFLINE"):
+        from_preset(HUB)
+
+
+@pytest.mark.parametrize("layout", ["torch", "keras", "sharded_keras"])
+def test_both_packages_share_the_cache(layout, hub, hub_client, request):
+    folder = request.getfixturevalue(f"{layout}_folder")
+    # `from_preset` leaves them out, and a conversion must not lose them.
+    for name in ("stats.json", "conversion_extras.json"):
+        (folder / name).unlink(missing_ok=True)
+    hub.add(REPO, folder)
+    from_preset(HUB)
+    hub.stop()
+    report = converters.inspect(HUB)
+    assert report["problem"] is None and report["parameters"] > 0
 
 
 def test_token(hub, hub_client, saved, monkeypatch):

@@ -13,14 +13,13 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import filelock
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from converters.files import new_file
+from converters.files import local_path, new_file
 from keras_bwetaf.checks import is_number, positive_int
 from keras_bwetaf.data import listing, worker
 from keras_bwetaf.data.index import (
@@ -168,7 +167,7 @@ def pack(
     ```
     """
     start = time.perf_counter()
-    folder = Path(folder)
+    folder = local_path("folder", folder)
     num_workers = os.cpu_count() if num_workers is None else num_workers
     num_workers, shard_size, max_tokens = _checked_arguments(
         tokenizer, num_workers, shard_size, validation_fraction, max_tokens

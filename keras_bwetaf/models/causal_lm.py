@@ -1,6 +1,5 @@
 import functools
 import os
-from pathlib import Path
 
 import keras
 import keras_hub
@@ -9,6 +8,7 @@ from keras_hub.models import CausalLM
 
 import converters
 from converters import keras_folder
+from converters.files import local_path
 from converters.hub import local_folder
 from keras_bwetaf.checks import checked_seed, is_int, positive_int
 from keras_bwetaf.generation.decoding import Decoder
@@ -380,7 +380,7 @@ class BwETAFCausalLM(CausalLM):
         with merged_for_saving(self.backbone), gathered(variables):
             in_first_process(
                 self._write_preset,
-                Path(preset_dir),
+                local_path("preset_dir", preset_dir),
                 max_shard_size,
                 include_optimizer,
             )

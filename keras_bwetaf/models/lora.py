@@ -13,7 +13,7 @@ from keras import ops
 from keras_hub.models import Backbone
 from safetensors.numpy import save
 
-from converters.files import new_file
+from converters.files import local_path, new_file
 from keras_bwetaf.checks import checked_number, positive_int
 from keras_bwetaf.processes import gathered, in_first_process
 
@@ -143,7 +143,10 @@ class LoraBackbone(Backbone):
                 weights are trained, too, and would be lost.
         """
         with gathered(self.variables):
-            in_first_process(self._write_lora_weights, _checked_path(filepath))
+            in_first_process(
+                self._write_lora_weights,
+                local_path("filepath", _checked_path(filepath)),
+            )
 
     def _write_lora_weights(self, filepath):
         layers = self._enabled_lora_layers()

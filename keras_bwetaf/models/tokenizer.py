@@ -13,9 +13,16 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from converters.files import read_bytes
 from keras_bwetaf.checks import checked_int, is_int, strings
 from keras_bwetaf.models.backbone import BwETAFBackbone
+from keras_bwetaf.panics import clear_panics
 
+# The others put in text of their own, and can make very much of little.
+NORMALIZERS = {
+    *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents"),
+    *("BertNormalizer", "ByteLevel", "Nmt", "Sequence"),
+}
 TOKENIZER_FILE = "tokenizer.json"
 LONGEST_PIECE = 4096  # Bytes without a break that training sees together.
 
@@ -34,6 +41,14 @@ def _byte_alphabet():
 
 
 BYTE_ALPHABET = _byte_alphabet()
+
+
+def _normalizer_types(normalizer):
+    """The types of a normalizer, in a tokenizer file, and of its parts."""
+    if normalizer is None:
+        return set()
+    parts = normalizer.get("normalizers", ())
+    return {normalizer["type"]}.union(*map(_normalizer_types, parts))
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -157,8 +172,7 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
                 "The tokenizer file does not exist. Pass the path of a "
                 f"Hugging Face tokenizer file. Received: {os.fspath(path)!r}"
             )
-        with open(path, "rb") as file:
-            content = file.read()
+        content = read_bytes(path)
         try:
             self._set_content(content)
         except ValueError as error:
@@ -169,7 +183,8 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
     def _set_content(self, content):
         """Takes over the bytes of a tokenizer file if they are sound."""
         try:
-            tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            with clear_panics():
+                tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except ValueError as error:
             raise ValueError(
                 "Expected the JSON of a Hugging Face tokenizer. Received "
@@ -182,6 +197,14 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
             raise ValueError(
                 "Expected a byte-level tokenizer. Received a tokenizer with "
                 f"the decoder {tokenizer.decoder}"
+            )
+        normalizer = json.loads(tokenizer.to_str())["normalizer"]
+        others = _normalizer_types(normalizer) - NORMALIZERS
+        if others:
+            raise ValueError(
+                "Expected a tokenizer with no normalizers but "
+                f"{', '.join(sorted(NORMALIZERS))}. Received: "
+                f"{', '.join(sorted(others))}"
             )
         ids = sorted(tokenizer.get_vocab().values())
         if ids != list(range(len(ids))):
@@ -255,7 +278,8 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
         texts = [_as_str(text) for text in texts]
         encoder = self._encoder(allowed_special)
         try:
-            return [row.ids for row in encoder.encode_batch_fast(texts)]
+            with clear_panics():
+                return [row.ids for row in encoder.encode_batch_fast(texts)]
         except TypeError as error:
             surrogate = re.search("[\ud800-\udfff]", "".join(texts))
             raise ValueError(

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+from converters.files import local_path
 from keras_bwetaf import processes
 from keras_bwetaf.checks import checked_int
 from keras_bwetaf.training.checkpoint_store import (
@@ -110,7 +111,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                     f"`{name}` must be one of {values}. Received: "
                     f"{name}={value!r}"
                 )
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(os.path.abspath(local_path("folder", folder)))
         self.save_every = checked_int("save_every", save_every, 1)
         self.keep_last = checked_int("keep_last", keep_last, 1)
         self.keep_best = checked_int("keep_best", keep_best, 0)

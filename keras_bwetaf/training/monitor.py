@@ -4,7 +4,6 @@ import collections
 import datetime
 import math
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -12,7 +11,7 @@ import rich.console
 import rich.live
 import rich.table
 
-from converters.files import new_file
+from converters.files import local_path, new_file
 from keras_bwetaf import processes
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.data.optional import import_optional
@@ -87,7 +86,7 @@ class Monitor(keras.callbacks.Callback):
             total_steps = positive_int("total_steps", total_steps)
         if folder is not None:
             import_optional("matplotlib", "train", "`Monitor` with a folder")
-            folder = Path(folder).resolve()
+            folder = local_path("folder", folder).resolve()
         self.folder = folder
         self.total_steps = total_steps
         self.every = positive_int("every", every)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.files import new_file
+from converters.files import local_path, new_file
 from keras_bwetaf.data.optional import import_optional
 from keras_bwetaf.training.statistics import read_statistics, smooth
 
@@ -161,7 +161,7 @@ def _figure(size, num_rows=1, heights=(1,)):
 
 
 def _save(figure, path):
-    path = Picture(path)
+    path = Picture(local_path("path", path))
     with new_file(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
     return path

@@ -10,7 +10,7 @@ import jax
 import keras
 import yaml
 
-from converters.files import new_file
+from converters.files import local_path, new_file
 from keras_bwetaf import distribution, presets
 from keras_bwetaf.data import load_packed, pack, read_documents
 from keras_bwetaf.data.index import FILE_NAME, read_index
@@ -68,7 +68,7 @@ def train(folder, **settings):
     )
     ```
     """
-    folder = Path(folder)
+    folder = local_path("folder", folder)
     settings = _resolve(folder, settings)
     with _on_all_devices():
         return _train(folder, settings)

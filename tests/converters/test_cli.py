@@ -1,11 +1,14 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import typer
 
 import converters
@@ -48,6 +51,29 @@ def test_convert(run, tiny, tmp_path, to):
     assert status == 0
     assert out == f"flax -> {to}: 82 tensors, 386.3 kB, in {tmp_path}/new\n"
     assert_same_folders(tmp_path / "new", tiny[to])
+
+
+def test_names_are_shown_as_they_are(run, tiny, tmp_path):
+    """Not as markup or emoji of rich, and not as codes of the terminal."""
+    names = ["layer[bias]", "net[red].w", "w[/b]", ":smile:", "\x1b[2Ja\nb"]
+    path = tmp_path / "a.safetensors"
+    array = np.zeros(2, "float32")
+    safetensors.numpy.save_file(dict.fromkeys(names, array), path)
+    status, out, _ = run("inspect", path)
+    assert status == 0
+    listed = [line.split()[0] for line in out.splitlines()[1:-1]]
+    assert set(listed) == {*names[:-1], r"\x1b[2Ja\nb"}
+
+    folder = tmp_path / "a[b]"
+    shutil.copytree(tiny["safetensors"], folder)
+    (folder / "\x1b]0;title\x07[i].txt").touch()
+    status, out, _ = run("convert", folder, tmp_path / "[c]", "--to", "keras")
+    assert status == 0
+    assert f"in {tmp_path}/[c]\n" in out
+    assert out.endswith("left behind: \\x1b]0;title\\x07[i].txt\n")
+    status, _, error = run("inspect", tmp_path / "\x1b[31m.safetensors")
+    assert (status, "\x1b" in error) == (1, False)
+    assert r"\x1b[31m.safetensors" in error
 
 
 def test_options_of_convert(run, tiny, tmp_path):

@@ -64,7 +64,9 @@ def test_overwriting_nothing_and_an_empty_folder(tiny, tmp_path):
 @pytest.mark.parametrize("to", FORMATS)
 def test_target_can_be_the_source(copy, tiny, tmp_path, layout, to):
     folder = copy(layout)
-    convert(folder, folder, to=to, overwrite=True)
+    report = convert(folder, folder, to=to, overwrite=True)
+    assert (report["from"], report["to"]) == (layout, to)
+    assert report["left_behind"] == []
     assert_same_folders(folder, tiny[to])
     assert os.listdir(tmp_path) == ["copy"]
 

@@ -1,6 +1,8 @@
 import shutil
 
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 import converters
 from converters import CheckpointError
@@ -74,6 +76,84 @@ def test_corrupt_downloads_are_removed(hub, hub_client, tiny, tmp_path):
     hub.corrupt.clear()
     converters.convert("hf://owner/tiny", target, to="flax")
     assert_same_folders(target, tiny["flax"])
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_without_the_hub(
+    hub, hub_client, tiny, copy, tmp_path, layout, stopped, monkeypatch
+):
+    """What this package or another one downloaded before does as well."""
+    folder = copy(layout)
+    (folder / "README.md").write_text("Not needed, so not in the cache.")
+    hub.add(REPO, folder)
+    hub.add("owner/other", folder)
+    converters.inspect("hf://owner/tiny")
+    huggingface_hub.snapshot_download("owner/other")
+    if stopped:
+        hub.stop()
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for repo in ("tiny", "other"):
+        assert converters.inspect(f"hf://owner/{repo}")["problem"] is None
+        converters.convert(f"hf://owner/{repo}", tmp_path / repo, to="keras")
+        assert_same_folders(tmp_path / repo, tiny["keras"])
+        report = converters.verify(
+            f"hf://owner/{repo}@main", folder, logits=False
+        )
+        assert report["same"]
+
+
+def test_offline_and_not_in_the_cache(
+    hub, hub_client, tiny, tmp_path, monkeypatch
+):
+    hub.add(REPO, tiny["flax"])
+    everything = ["*"]
+    weights = ["good_stuff.pkl", "understanding*", "tokenizer/*"]
+    message = "not in the cache, or not all of it, and HF_HUB_OFFLINE forbids"
+    for patterns in (None, weights, everything):
+        if patterns:
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            huggingface_hub.snapshot_download(REPO, allow_patterns=patterns)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        if patterns == everything:
+            break
+        with pytest.raises(ConnectionError, match=message):
+            # Or the optimizer's state would be left out without a word.
+            converters.convert("hf://owner/tiny", tmp_path / "x", to="torch")
+    assert converters.inspect("hf://owner/tiny")["problem"] is None
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("https://huggingface.co/a/b", "Expected hf://a/b. Received: source='"),
+        ("https://hf.co/a/b/", "Expected hf://a/b. Received"),
+        ("http://www.huggingface.co/a/b/tree/v2/x", "Expected hf://a/b@v2. R"),
+        ("https://huggingface.co/datasets/a/b", "hf://owner/repo or hf://own"),
+        ("https://example.org/a/b", "downloaded first, or a repository of th"),
+        ("kaggle://a/b/keras/c", "downloaded first.*'kaggle://a/b/keras/c'"),
+        ("gs://bucket/model", "downloaded first.*Received: source='gs://bu"),
+        ("owner/repo", "an existing folder, or hf://owner/repo. Received"),
+    ],
+)
+def test_other_addresses(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for read in (
+        lambda: converters.inspect(source),
+        lambda: converters.verify(source, "x"),
+        lambda: converters.convert(source, "new", to="flax"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read()
+
+
+def test_any_case_of_the_scheme(hub, hub_client, tiny, tmp_path, monkeypatch):
+    hub.add(REPO, tiny["flax"])
+    assert converters.inspect("HF://owner/tiny")["format"] == "flax"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny["keras"], tmp_path / REPO)
+    assert converters.inspect(REPO)["format"] == "keras"
 
 
 @pytest.mark.parametrize("source", ["hf://tiny", "hf://a/b/c", "hf://a/b@"])

@@ -1,4 +1,6 @@
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -124,10 +126,34 @@ def test_configurations_and_tokens_are_compared(tiny, copy):
 def test_tokenizers_are_compared(tiny, copy):
     folder = copy("keras")
     path = folder / "assets/tokenizer/tokenizer.json"
-    path.write_bytes(path.read_bytes() + b"\n")
+    content = json.loads(path.read_text())
+    model = content["model"]
+    end = {"SpecialToken": {"id": "<|EOS|>", "type_id": 0}}
+    whole = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "pair": [whole, whole]}
+    template |= {"single": [whole], "special_tokens": {}}
+    for changes, same in (
+        ({}, True),  # but for whitespace
+        ({"post_processor": template}, True),  # as transformers writes it
+        ({"truncation": {"max_length": 8}, "padding": {"pad_id": 0}}, True),
+        ({"model": model | {"ignore_merges": False}}, True),
+        (
+            {"model": model | {"merges": [*map(" ".join, model["merges"])]}},
+            True,
+        ),
+        ({"post_processor": template | {"single": [whole, end]}}, False),
+        ({"model": model | {"merges": model["merges"][:-1]}}, False),
+        ({"model": model | {"ignore_merges": True}}, False),
+        ({"normalizer": {"type": "NFC"}}, False),
+        ({"added_tokens": content["added_tokens"][:1]}, False),
+    ):
+        path.write_text(json.dumps(content | changes))
+        report = converters.verify(folder, tiny["flax"], logits=False)
+        assert report["files"] == ([] if same else ["tokenizer"])
+        assert report["same"] == same
+    shutil.rmtree(folder / "assets")
     report = converters.verify(folder, tiny["flax"], logits=False)
-    assert report["files"] == ["tokenizer"]
-    assert not report["same"]
+    assert report["files"] == ["tokenizer", "special_tokens"]
 
 
 def test_training_statistics_are_no_part_of_the_model(tiny, copy):

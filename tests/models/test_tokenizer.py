@@ -526,6 +526,67 @@ def test_files_are_checked(original, tmp_path):
             BwETAFTokenizer(path)
 
 
+WHOLE = {"Sequence": {"id": "A", "type_id": 0}}
+CLS = {"SpecialToken": {"id": "[CLS]", "type_id": 0}}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaa"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": REPLACE},
+        {"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 40}},
+        {"normalizer": {"type": "Prepend", "prepend": "x"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AA"}},
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": None}},
+        {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(((("}}},
+        {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(x+x+)+y"}}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [CLS, WHOLE],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+        {"model": {"type": "BPE", "vocab": {EOS: 0}, "merges": [["a", "b"]]}},
+        {"model": {"type": "Unigram", "unk_id": 7, "vocab": []}},
+        {"added_tokens": None},
+    ],
+    ids=str,
+)
+def test_odd_files_are_refused(changes, original, tmp_path, capfd):
+    """With an error that says so, whatever the library does."""
+    content = json.loads(original.tokenizer.to_str()) | changes
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tokenizer"):
+        tokenizer = BwETAFTokenizer(tmp_path / "tokenizer.json")
+        tokenizer.tokenize("Once upon a time " + "x" * 40)
+    capfd.readouterr()  # A panic prints where it was.
+
+
+def test_bare_errors_of_the_library_are_refused(original, tmp_path):
+    content = json.loads(original.tokenizer.to_str())
+    content["model"] |= {"vocab": {EOS: 0}, "merges": []}
+    content["added_tokens"] = [
+        token | {"content": UNK, "id": 1} if token["id"] else token
+        for token in content["added_tokens"][:2]
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = BwETAFTokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="fails. Fetch or train it again"):
+        tokenizer.tokenize("abc")
+
+
+def test_pointers_of_git_lfs_are_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="tokenizer.json.*`git lfs pull`"):
+        BwETAFTokenizer(path)
+
+
 def test_unsuitable_tokenizers_are_refused(original):
     words = tokenizers.Tokenizer(models.WordLevel({EOS: 0}))
     with pytest.raises(ValueError, match="Expected a byte-level tokenizer"):
