@@ -4,11 +4,14 @@ import contextlib
 import dataclasses
 import enum
 import inspect
+import io
 import json
 import math
+import os
 import signal
 import sys
 import threading
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +19,7 @@ from typing import Annotated
 import typer
 
 from converters.errors import printable
+from keras_bwetaf.training import run_folder
 from keras_bwetaf.training.settings import TrainingSettings, read_settings
 
 app = typer.Typer(
@@ -40,6 +44,19 @@ class DType(enum.StrEnum):
     float16 = "float16"
     mixed_bfloat16 = "mixed_bfloat16"
     mixed_float16 = "mixed_float16"
+
+
+class Truncation(enum.StrEnum):
+    """What `--truncation` may be."""
+
+    left = "left"
+
+
+class Errors(enum.StrEnum):
+    """What `--errors` may be."""
+
+    strict = "strict"
+    replace = "replace"
 
 
 def print_version(wanted: bool):
@@ -76,6 +93,10 @@ def generate(
         str, typer.Option(help="A name, hf://owner/repo, or a folder.")
     ] = "97m",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    truncation: Annotated[
+        Truncation | None,
+        typer.Option(help="left: of a long PROMPT, see only the end."),
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 is greedy.")
     ] = None,
@@ -113,7 +134,12 @@ def generate(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     lm = keras_bwetaf.from_preset(preset, dtype=dtype, revision=revision)
-    pieces = lm.stream(prompt, max_new_tokens=max_new_tokens, **settings)
+    pieces = lm.stream(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        truncation=truncation,
+        **settings,
+    )
     with _interrupts() as interrupted:
         print(prompt, end="", flush=True)
         for piece in pieces:
@@ -208,9 +234,9 @@ def pack(
     column: Annotated[
         str, typer.Option(help="Where records hold their text.")
     ] = "text",
-    replace_errors: Annotated[
-        bool, typer.Option(help="Replace invalid UTF-8 instead of failing.")
-    ] = False,
+    errors: Annotated[
+        Errors, typer.Option(help="What to do with invalid UTF-8.")
+    ] = Errors.strict,
     validation_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share to hold out.")
     ] = 0.0,
@@ -233,7 +259,7 @@ def pack(
         keras_bwetaf.BwETAFTokenizer.from_preset(preset),
         split=split,
         column=column,
-        errors="replace" if replace_errors else "strict",
+        errors=errors.value,
         num_workers=num_workers,
         validation_fraction=validation_fraction,
         max_tokens=max_tokens,
@@ -244,7 +270,7 @@ def pack(
 def _takes_settings(command):
     """Gives a command an option for each of a run's settings.
 
-    Tables take any number of `--option key=value`.
+    Tables take any number of `--option key=value`, lists of `--option value`.
     """
     signature = inspect.signature(command)
     parameters = [
@@ -257,6 +283,8 @@ def _takes_settings(command):
         option = {"help": field.metadata["help"]}
         if kind is dict:
             kind, option["metavar"] = list[str], "KEY=VALUE"
+        elif kind is list:
+            kind = list[str]
         elif kind is bool:
             kind = bool | None
         else:
@@ -292,15 +320,48 @@ def train(
     **settings,
 ):
     """Train a model from text, or go on with the run in RUN."""
+    given = {} if config is None else read_settings(config)
+    for field in dataclasses.fields(TrainingSettings):
+        name, value = field.name, settings[field.name]
+        if field.type is dict and value:
+            given[name] = {**given.get(name, {}), **_table(name, value)}
+        elif value is not None and value != []:
+            given[name] = value
+    message = run_folder.finished(run, run_folder.resolve(run, given))
+    if message:
+        print(message)
+        return
     from keras_bwetaf.training import run as training_run
 
-    given = {} if config is None else read_settings(config)
-    for name, value in settings.items():
-        if isinstance(value, list):
-            given[name] = {**given.get(name, {}), **_table(name, value)}
-        elif value is not None:
-            given[name] = value
-    training_run.train(run, **given)
+    with _second_interrupt_exits():
+        training_run.train(run, **given)
+
+
+@contextlib.contextmanager
+def _second_interrupt_exits():
+    """Has a second Ctrl-C end the process at once, whatever it does.
+
+    What Python itself does at a signal has to wait for the main thread, which
+    may be compiling for a minute. Another thread need not.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    previous = signal.set_wakeup_fd(write)
+
+    def watch():
+        num_interrupts = 0
+        while number := os.read(read, 1):
+            num_interrupts += number[0] == signal.SIGINT
+            if num_interrupts == 2:
+                os._exit(128 + signal.SIGINT)
+        os.close(read)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.close(write)
 
 
 def _table(name, items):
@@ -335,13 +396,41 @@ def plot(
     print(plot_losses(run, output))
 
 
+@contextlib.contextmanager
+def _short_messages():
+    """Has warnings be lines, without the place in a file."""
+    previous = sys.unraisablehook
+    with warnings.catch_warnings():
+        warnings.showwarning = _print_warning
+        sys.unraisablehook = _print_unraisable
+        try:
+            yield
+        finally:
+            sys.unraisablehook = previous
+
+
+def _print_warning(message, *_):
+    print(f"keras-bwetaf: {message}", file=sys.stderr)
+
+
+def _print_unraisable(unraisable):
+    # What Orbax's threads say after one of them has failed.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def main():
     """Runs the command line; a failure is one line and status 1.
 
-    Bad usage (2), an interrupt (130) and a closed pipe are Typer's part.
+    Bad usage (2), an interrupt (130) and a closed pipe are Typer's part. What
+    a terminal can't show is replaced.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        app(prog_name="keras-bwetaf")
+        with _short_messages():
+            app(prog_name="keras-bwetaf")
     except (
         FloatingPointError,  # A loss that is not finite.
         ImportError,

@@ -1,7 +1,6 @@
 """A preset's name -> where its files live -> a local folder -> a model."""
 
 import contextlib
-import inspect
 import os
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ from converters.bwetaf_v3 import tensors
 from converters.files import read_json
 from converters.hub import parse_source
 from keras_bwetaf import hub
+from keras_bwetaf.training import run_folder
 
 PRESETS = {
     "tiny": {
@@ -95,7 +95,8 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
         preset: str or path. One of `list_presets()`, `"hf://owner/repo"`
             (with `"@revision"` at the end if need be), or a folder. A
             repository or folder is in the original's Flax format, holds
-            safetensors, or was saved by `save_to_preset()`.
+            safetensors, or was saved by `save_to_preset()`; or the folder is
+            that of a run of `train`, whose `model` is taken.
         dtype: str or `keras.DTypePolicy`. Dtype of computation and weights.
             Defaults to the global policy; quantized weights keep theirs.
         load_weights: bool. `False` starts from random weights and downloads
@@ -126,9 +127,10 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
     lm.generate("The night sky", max_new_tokens=64)
     ```
     """
+    from keras_bwetaf.models.backbone import check_keywords
     from keras_bwetaf.models.causal_lm import BwETAFCausalLM
 
-    _check_keywords(config)
+    check_keywords("from_preset()", config)
     known = PRESETS.get(preset) if isinstance(preset, str) else None
     try:
         folder = preset_folder(preset, revision, weights=load_weights)
@@ -300,20 +302,18 @@ def _repository(preset, revision):
 def _folder(preset):
     """The folder that a preset is, or that comes with this package."""
     known = PRESETS.get(preset) if isinstance(preset, str) else None
-    return known["folder"] if known else Path(preset)
-
-
-def _check_keywords(config):
-    from keras_bwetaf.models.backbone import BwETAFBackbone
-
-    known = list(inspect.signature(BwETAFBackbone.__init__).parameters)
-    known = [name for name in known if name not in ("self", "dtype", "kwargs")]
-    unknown = [name for name in config if name not in known]
-    if unknown:
-        raise TypeError(
-            f"from_preset() got unknown keywords: {', '.join(unknown)}. Of "
-            f"the backbone's configuration, it takes {', '.join(known)}."
+    if known:
+        return known["folder"]
+    folder = Path(preset)
+    if not (folder / run_folder.CONFIG).is_file():
+        return folder
+    if not (folder / run_folder.MODEL).is_dir():
+        raise ValueError(
+            f"{folder}: the training run has no model yet. Finish it with: "
+            f"keras-bwetaf train {folder}. Received: preset="
+            f"{os.fspath(preset)!r}"
         )
+    return folder / run_folder.MODEL
 
 
 def _warn_of_no_tokenizer(preset, reason):
@@ -364,7 +364,7 @@ def _keras_backbone(folder, saved, config, dtype, load_weights):
                 "`dtype`, or pass load_weights=False. Received: "
                 f"dtype={dtype!r}"
             )
-        _check_fit(_shapes(saved), _shapes({**saved, **config}))
+        check_changes(saved, config)
     with skip_initialization() if load_weights else contextlib.nullcontext():
         with _clear_errors(folder):
             return BwETAFBackbone.from_preset(
@@ -433,6 +433,19 @@ def _shapes(config):
     return {each.keras: each.shape for each in tensors(canonical)}
 
 
+def check_changes(config, changes):
+    """Refuses changes to a configuration that its weights do not fit.
+
+    Args:
+        config: dict.
+        changes: dict.
+
+    Raises:
+        ValueError: If a shape changes.
+    """
+    _check_fit(_shapes(config), _shapes({**config, **changes}))
+
+
 def _check_fit(found, wanted):
     """Compares the shapes of a checkpoint and of a model."""
     problems = [
@@ -444,7 +457,8 @@ def _check_fit(found, wanted):
     if problems:
         raise ValueError(
             "The configuration does not fit the weights. Change nothing that "
-            "changes a shape, or pass load_weights=False. Tensors that "
+            "changes a shape, or start from random weights: "
+            "load_weights=False, or from_scratch of `train`. Tensors that "
             f"differ: {len(problems)}.\n" + "\n".join(problems)
         )
 

@@ -1,9 +1,11 @@
 import io
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -142,6 +144,27 @@ def test_prompt_that_does_not_fit(run, folder):
     )
     assert (status, output) == (1, "")
     assert complaints.startswith("keras-bwetaf: ")
+    assert "`truncation='left'`" in complaints
+    status, output, _ = run(
+        *("generate", PROMPT * 40, "--preset", folder, "--max-new-tokens", 1),
+        *("--truncation", "left"),
+    )
+    assert status == 0 and output.startswith(PROMPT * 40)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_that_cannot_show_everything(
+    run, folder, monkeypatch, encoding
+):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    prompt = "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{SNOWMAN}"
+    status, _, complaints = run(
+        *("generate", prompt, "--preset", folder, "--max-new-tokens", 1)
+    )
+    assert (status, complaints) == (0, "")
+    shown = terminal.buffer.getvalue()
+    assert shown.startswith(prompt.encode(encoding, "replace"))
 
 
 @pytest.mark.parametrize("layout", ["flax", "safetensors", "keras"])
@@ -267,7 +290,22 @@ def test_pack(folder, corpus, tmp_path, run):
     assert status == 1 and "Expected a file" in complaints
 
 
-def test_train_and_plot(folder, corpus, tmp_path, run):
+def test_advice_on_invalid_text_is_an_option(folder, tmp_path, run):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 40)
+    command = ["pack", tmp_path / "a.txt", tmp_path / "tokens"]
+    command += ["--preset", folder, "--num-workers", 1]
+    status, _, complaints = run(*command)
+    assert status == 1 and "(--errors replace)" in complaints
+    assert run(*command, "--errors", "replace")[0] == 0
+    train = ["train", tmp_path / "run", "--data", tmp_path / "a.txt"]
+    train += ["--preset", folder, "--from-scratch", "--steps", 1]
+    status, _, complaints = run(*train)
+    assert status == 1 and "(--errors replace)" in complaints
+    complaints = run(*train, "--errors", "replace", "--batch-size", 1)[2]
+    assert "a multiple of 8" in complaints  # Of devices; it is known.
+
+
+def test_train_and_plot(folder, corpus, tmp_path, run, monkeypatch):
     settings = tmp_path / "settings.toml"
     settings.write_text(
         f'data = "{corpus}"\nsteps = 100\nbatch_size = 2\n'
@@ -290,6 +328,17 @@ def test_train_and_plot(folder, corpus, tmp_path, run):
     ):
         assert line in config
     assert from_preset(run_folder / "model").backbone.num_layers == 1
+
+    with monkeypatch.context() as patched:
+        patched.setattr("keras_bwetaf.training.run.train", pytest.fail)
+        status, output, _ = run("train", run_folder)
+        assert status == 0 and output.startswith("Finished: 2 steps.\n")
+        for line in output.splitlines():
+            assert len(line) <= 80 or str(run_folder) in line
+    words = output.partition("Try it:\n  keras-bwetaf ")[2].splitlines()[0]
+    status, output, _ = run(*shlex.split(words), "--max-new-tokens", 2)
+    assert status == 0 and output.startswith("Once upon a time")
+    assert run("info", run_folder)[0] == 0
 
     (run_folder / "losses.png").unlink()
     assert run("plot", run_folder)[:2] == (0, f"{run_folder / 'losses.png'}\n")
@@ -315,13 +364,67 @@ def test_train_refuses(tmp_path, run, arguments, status, message):
     assert result == status and message in complaints
 
 
+def test_options_of_train(tmp_path, run, monkeypatch):
+    """Lists and tables are put together from several options."""
+    received = {}
+    monkeypatch.setattr(
+        "keras_bwetaf.training.run.train",
+        lambda folder, **settings: received.update(settings),
+    )
+    status, *_ = run(
+        *("train", tmp_path, "--data", "a.txt", "--steps", 40),
+        *("--sample", "Once upon a time", "--sample", "One day"),
+        *("--recipe", "warmup=1e-1", "--recipe", "decay=linear"),
+        *("--tensorboard", "--validation-fraction", 0.5),
+    )
+    assert status == 0
+    assert received == {
+        "data": "a.txt",
+        "steps": 40,
+        "sample": ["Once upon a time", "One day"],
+        "recipe": {"warmup": 0.1, "decay": "linear"},
+        "tensorboard": True,
+        "validation_fraction": 0.5,
+    }
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_what_never_looks():
+    """As when XLA compiles: the main thread runs no Python meanwhile."""
+    code = (
+        "import hashlib\n"
+        "from keras_bwetaf import cli\n"
+        "with cli._second_interrupt_exits():\n"
+        "    print('busy', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout.readline() == b"busy\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+
+
+def test_warnings_are_lines(capsys):
+    cli._print_warning(UserWarning("It is late."), UserWarning, "a.py", 3)
+    assert capsys.readouterr().err == "keras-bwetaf: It is late.\n"
+
+
 @pytest.mark.parametrize("kind", [FloatingPointError, RuntimeError])
 def test_a_training_that_fails(tmp_path, run, monkeypatch, kind):
     def fail(*_, **__):
         raise kind("the loss is not finite")
 
     monkeypatch.setattr("keras_bwetaf.training.run.train", fail)
-    status, _, complaints = run("train", tmp_path)
+    command = ["train", tmp_path, "--data", "a.txt", "--steps", 20]
+    status, _, complaints = run(*command)
     assert status == 1
     assert complaints == "keras-bwetaf: the loss is not finite"
 

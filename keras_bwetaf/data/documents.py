@@ -93,7 +93,7 @@ def to_text(content, where, errors):
         raise ValueError(
             f"{where}: expected UTF-8. Received: {error.reason} at byte "
             f"{error.start}. Repair the document, or pass "
-            'errors="replace" for replacement characters.'
+            'errors="replace" (--errors replace) for replacement characters.'
         ) from error
 
 

@@ -229,10 +229,12 @@ def read_files(files, description, skipped, column, errors):
             start = 0
 
     listed = [(file.name, file.identity) for file in files]
+    kinds = [formats.reader(file.name) for file in files]
     return Documents(
         lambda: {**description, "column": column, **listing.summary(listed)},
         read,
         errors,
+        num_documents=1 if kinds == [formats.ONE_DOCUMENT] else None,
         files=listed,
         skipped={
             reason: [printable(name) for name in names]

@@ -210,10 +210,10 @@ def _read_text(path, name, column, start, errors):
     yield name, _without_mark(content, name)
 
 
-_TEXT = (lambda path, name: 1, _read_text)
+ONE_DOCUMENT = (lambda path, name: 1, _read_text)
 FORMATS = {
     ".parquet": (_count_parquet, _read_parquet),
     ".jsonl": (_count_json_lines, _read_json_lines),
-    ".txt": _TEXT,
-    ".md": _TEXT,
+    ".txt": ONE_DOCUMENT,
+    ".md": ONE_DOCUMENT,
 }

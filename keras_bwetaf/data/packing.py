@@ -82,7 +82,7 @@ class PackingReport:
         )
         return (
             f"{self.documents:,} documents ({self.empty_documents:,} empty "
-            f"ones skipped), tokens: {tokens}; "
+            f"ones skipped)\ntokens: {tokens}\n"
             f"{self.tokens_per_byte:.4f} tokens per byte; "
             f"{self.seconds:.1f} s, {self.megabytes_per_second:.2f} MB/s"
             f"{skipped}"
@@ -120,7 +120,8 @@ def pack(
     can't be. `files.jsonl.gz` lists the files, to say which have changed.
 
     Which documents are held out for validation is a function of each
-    document's letters and digits, so that copies never are on both sides.
+    document's letters and digits, so that copies never are on both sides. Of
+    a source with a single document, such as one text file, its end is.
 
     Of several processes that train together, all must call this. The first
     one packs, and the others wait for it; all must see the folder.
@@ -192,6 +193,7 @@ def pack(
                     "end_token_id": index["end_token_id"],
                     "dtype": index["dtype"],
                     "validation_fraction": validation_fraction,
+                    "is_only": documents.num_documents == 1,
                 }
                 _write_shards(
                     folder, index, documents, num_workers, arguments, progress
@@ -282,6 +284,20 @@ def _is_ours(path):
         or SHARD.fullmatch(name)
         or PARTIAL.fullmatch(name)
     )
+
+
+def clear(folder):
+    """Removes what `pack` wrote to a folder, if there is one.
+
+    Args:
+        folder: Path.
+
+    Raises:
+        RuntimeError: If another call is packing into the folder.
+    """
+    if folder.is_dir():
+        with _only_one(folder):
+            _clear(folder)
 
 
 def _clear(folder):

@@ -30,7 +30,7 @@ def read_documents(source, split="train", column="text", *, errors="strict"):
     | source | |
     |---|---|
     | `"tfds:NAME"`, `"tfds:NAME/CONFIG"` | a TensorFlow data set; only one that is stored in a format without random access, such as `tfrecord`, needs TensorFlow |
-    | a path, glob or folder | `.parquet`, `.jsonl` with a document a row, `.txt`, `.md` with a document a file |
+    | a path, glob or folder | `.parquet`, `.jsonl` with a document a row, `.txt` or `.md` with a document a file |
     | a list of `pathlib.Path` | such files, in this order |
     | `"hf://datasets/owner/name/PATH"` | such files of a repository; `PATH` may be a folder or glob; `@revision` may follow the name |
     | `"tinystories"`, `"fineweb"` | the data sets of the model card: roneneldan/TinyStories, and the 10-billion-token sample of HuggingFaceFW/fineweb |

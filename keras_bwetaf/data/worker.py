@@ -92,6 +92,21 @@ def is_held_out(text, fraction):
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
+def without_end(text, fraction):
+    """Cuts the end of a text off, at a space, if there is one in it.
+
+    Args:
+        text: str.
+        fraction: float. The share of characters to cut off, about.
+
+    Returns:
+        Tuple of two str. Joined, they are the text.
+    """
+    space = re.compile(r"\s").search(text, round(len(text) * (1 - fraction)))
+    place = space.start() if space else len(text)
+    return text[:place], text[place:]
+
+
 class DocumentEncoder:
     """Turns documents into the tokens of each split.
 
@@ -100,9 +115,18 @@ class DocumentEncoder:
         end_token_id: int. What each document ends with.
         dtype: str. Of the tokens.
         validation_fraction: float. The share of documents to hold out.
+        is_only: bool. Whether there is only one document, whose end is held
+            out.
     """
 
-    def __init__(self, specification, end_token_id, dtype, validation_fraction):
+    def __init__(
+        self,
+        specification,
+        end_token_id,
+        dtype,
+        validation_fraction,
+        is_only=False,
+    ):
         self.tokenizer = tokenizers.Tokenizer.from_str(specification)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -110,6 +134,7 @@ class DocumentEncoder:
         self.end = np.array([end_token_id], dtype)
         self.dtype = dtype
         self.validation_fraction = validation_fraction
+        self.is_only = is_only
 
     def token_ids(self, text):
         """Returns an array of ids, without the end token."""
@@ -121,6 +146,15 @@ class DocumentEncoder:
                 for encoding in self.tokenizer.encode_batch_fast([piece])
             ]
         )
+
+    def parts(self, text):
+        """Pairs of a split and what of a document belongs to it."""
+        fraction = self.validation_fraction
+        if not fraction:
+            return [(TRAIN, text)]
+        if self.is_only:
+            return zip(SPLITS, without_end(text, fraction), strict=True)
+        return [(VALIDATION if is_held_out(text, fraction) else TRAIN, text)]
 
     def encode(self, texts):
         """Encodes documents.
@@ -140,15 +174,14 @@ class DocumentEncoder:
             **{split: [] for split in SPLITS},
         }
         for text in texts:
-            ids = self.token_ids(text)
-            if ids.size == 0:
-                result["empty_documents"] += 1
-                continue
-            held_out = self.validation_fraction > 0 and is_held_out(
-                text, self.validation_fraction
-            )
-            split = VALIDATION if held_out else TRAIN
-            result[split] += [np.append(ids, self.end)]
+            parts = [
+                (split, self.token_ids(part))
+                for split, part in self.parts(text)
+            ]
+            parts = [(split, ids) for split, ids in parts if ids.size]
+            result["empty_documents"] += not parts
+            for split, ids in parts:
+                result[split] += [np.append(ids, self.end)]
         return result
 
 

@@ -1,3 +1,6 @@
+import inspect
+import types
+
 import keras
 
 from keras_bwetaf.checks import checked_number, is_number, positive_int
@@ -10,8 +13,12 @@ from keras_bwetaf.layers import (
 )
 from keras_bwetaf.models.lora import LoraBackbone
 from keras_bwetaf.models.quantization import only_what_can_be
+from keras_bwetaf.names import with_nearest
 
 ROPE_DTYPES = (None, "float32", "bfloat16", "float16")
+# What Keras takes besides, of every backbone.
+KERAS_KEYWORDS = ("name", "trainable")
+SIZES = ("vocabulary_size", "intermediate_dim", "max_sequence_length")
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -61,6 +68,7 @@ class BwETAFBackbone(LoraBackbone):
     Raises:
         ValueError: If an argument is out of range or arguments contradict
             each other.
+        TypeError: If there is an unknown keyword.
 
     Example:
 
@@ -99,78 +107,66 @@ class BwETAFBackbone(LoraBackbone):
         dtype=None,
         **kwargs,
     ):
-        vocabulary_size = positive_int("vocabulary_size", vocabulary_size)
-        num_layers = positive_int("num_layers", num_layers)
-        hidden_dim = positive_int("hidden_dim", hidden_dim)
-        intermediate_dim = positive_int("intermediate_dim", intermediate_dim)
-        max_sequence_length = positive_int(
-            "max_sequence_length", max_sequence_length
+        unknown = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in KERAS_KEYWORDS
+        }
+        check_keywords(f"{type(self).__name__}()", unknown)
+        config = checked_config(
+            vocabulary_size=vocabulary_size,
+            num_layers=num_layers,
+            num_query_heads=num_query_heads,
+            num_key_value_heads=num_key_value_heads,
+            hidden_dim=hidden_dim,
+            intermediate_dim=intermediate_dim,
+            max_sequence_length=max_sequence_length,
+            dropout=dropout,
+            rope_max_wavelength=rope_max_wavelength,
+            rope_dtype=rope_dtype,
+            layer_norm_epsilon=layer_norm_epsilon,
+            initializer_range=initializer_range,
+            embedding_initializer_range=embedding_initializer_range,
         )
-        query_heads = _heads_per_layer(
-            "num_query_heads", num_query_heads, num_layers
-        )
-        key_value_heads = _heads_per_layer(
-            "num_key_value_heads", num_key_value_heads, num_layers
-        )
-        _check_heads(query_heads, key_value_heads, hidden_dim)
-        if not is_number(dropout) or not 0 <= dropout < 1:
-            raise ValueError(
-                "`dropout` is the share of outputs to drop, at least 0 and "
-                f"less than 1. Received: dropout={dropout!r}"
-            )
-        if rope_dtype not in ROPE_DTYPES:
-            raise ValueError(
-                f"`rope_dtype` must be one of {ROPE_DTYPES}. Received: "
-                f"rope_dtype={rope_dtype!r}"
-            )
-        rope_max_wavelength = _positive(
-            "rope_max_wavelength", rope_max_wavelength
-        )
-        layer_norm_epsilon = _positive("layer_norm_epsilon", layer_norm_epsilon)
-        initializer_range = _positive("initializer_range", initializer_range)
-        if embedding_initializer_range is not None:
-            embedding_initializer_range = _positive(
-                "embedding_initializer_range", embedding_initializer_range
-            )
 
         # === Layers ===
         self.token_embedding = keras.layers.ReversibleEmbedding(
-            vocabulary_size,
-            hidden_dim,
+            config.vocabulary_size,
+            config.hidden_dim,
             embeddings_initializer=initializers.normal(
-                embedding_initializer_range or hidden_dim**-0.5
+                config.embedding_initializer_range or config.hidden_dim**-0.5
             ),
             dtype=dtype,
             name="token_embedding",
         )
         self.embedding_rotary = RotaryEmbedding(
-            max_wavelength=rope_max_wavelength,
-            rope_dtype=rope_dtype,
+            max_wavelength=config.rope_max_wavelength,
+            rope_dtype=config.rope_dtype,
             dtype=dtype,
             name="embedding_rotary",
         )
         self.transformer_layers = []
-        for i in range(num_layers):
+        for i in range(config.num_layers):
             attention = GroupedQueryAttention(
-                num_query_heads=query_heads[i],
-                num_key_value_heads=key_value_heads[i],
-                rope_max_wavelength=rope_max_wavelength,
-                rope_dtype=rope_dtype,
-                initializer_range=initializer_range,
+                num_query_heads=config.num_query_heads[i],
+                num_key_value_heads=config.num_key_value_heads[i],
+                rope_max_wavelength=config.rope_max_wavelength,
+                rope_dtype=config.rope_dtype,
+                initializer_range=config.initializer_range,
                 dtype=dtype,
                 name="self_attention",
             )
             feedforward = FeedForward(
-                intermediate_dim=intermediate_dim,
-                initializer_range=initializer_range,
+                intermediate_dim=config.intermediate_dim,
+                initializer_range=config.initializer_range,
                 dtype=dtype,
                 name="feedforward",
             )
             block = TransformerBlock(
                 attention,
                 feedforward,
-                dropout=dropout,
-                layer_norm_epsilon=layer_norm_epsilon,
+                dropout=config.dropout,
+                layer_norm_epsilon=config.layer_norm_epsilon,
                 # The original keeps the embedding in bfloat16, always.
                 input_precision="bfloat16" if i == 0 else None,
                 dtype=dtype,
@@ -193,21 +189,23 @@ class BwETAFBackbone(LoraBackbone):
         )
 
         # === Config ===
-        self.vocabulary_size = vocabulary_size
-        self.num_layers = num_layers
-        self.num_query_heads = _as_given(num_query_heads, query_heads)
-        self.num_key_value_heads = _as_given(
-            num_key_value_heads, key_value_heads
+        self.vocabulary_size = config.vocabulary_size
+        self.num_layers = config.num_layers
+        self.num_query_heads = _as_given(
+            num_query_heads, config.num_query_heads
         )
-        self.hidden_dim = hidden_dim
-        self.intermediate_dim = intermediate_dim
-        self.max_sequence_length = max_sequence_length
-        self.dropout = float(dropout)
-        self.rope_max_wavelength = rope_max_wavelength
-        self.rope_dtype = rope_dtype
-        self.layer_norm_epsilon = layer_norm_epsilon
-        self.initializer_range = initializer_range
-        self.embedding_initializer_range = embedding_initializer_range
+        self.num_key_value_heads = _as_given(
+            num_key_value_heads, config.num_key_value_heads
+        )
+        self.hidden_dim = config.hidden_dim
+        self.intermediate_dim = config.intermediate_dim
+        self.max_sequence_length = config.max_sequence_length
+        self.dropout = config.dropout
+        self.rope_max_wavelength = config.rope_max_wavelength
+        self.rope_dtype = config.rope_dtype
+        self.layer_norm_epsilon = config.layer_norm_epsilon
+        self.initializer_range = config.initializer_range
+        self.embedding_initializer_range = config.embedding_initializer_range
 
     def get_config(self):
         config = super().get_config()
@@ -316,8 +314,95 @@ class BwETAFBackbone(LoraBackbone):
         return layout_map
 
 
-def _positive(name, value):
-    return checked_number(name, value, lambda x: x > 0, "greater than 0")
+def config_names():
+    """Names of a backbone's configuration, but for the dtype, a list."""
+    parameters = inspect.signature(BwETAFBackbone.__init__).parameters
+    others = ("self", "dtype", "kwargs")
+    return [name for name in parameters if name not in others]
+
+
+def check_keywords(caller, config):
+    """Refuses what is no part of a backbone's configuration.
+
+    Args:
+        caller: str. Who got it, for the message.
+        config: dict.
+
+    Raises:
+        TypeError: If there is an unknown name; it suggests a known one.
+    """
+    known = config_names()
+    unknown = [name for name in config if name not in known]
+    if unknown:
+        received = ", ".join(f"{name}={config[name]!r}" for name in unknown)
+        raise TypeError(
+            f"{caller} got unknown keywords: {with_nearest(unknown, known)}. "
+            f"Of the backbone's configuration, it takes {', '.join(known)}. "
+            f"Received: {received}"
+        )
+
+
+def checked_config(
+    *,
+    num_layers,
+    num_query_heads,
+    num_key_value_heads,
+    hidden_dim,
+    dropout=0.0,
+    rope_dtype="float32",
+    embedding_initializer_range=None,
+    **numbers,
+):
+    """Checks the arguments of a backbone, without making one.
+
+    Args:
+        **numbers, ...: See `BwETAFBackbone`.
+
+    Returns:
+        Namespace of the arguments, with numbers of Python, and the heads in
+        lists of one int for each layer.
+
+    Raises:
+        ValueError: If an argument is out of range or arguments contradict
+            each other.
+    """
+    num_layers = positive_int("num_layers", num_layers)
+    hidden_dim = positive_int("hidden_dim", hidden_dim)
+    query_heads = _heads_per_layer(
+        "num_query_heads", num_query_heads, num_layers
+    )
+    key_value_heads = _heads_per_layer(
+        "num_key_value_heads", num_key_value_heads, num_layers
+    )
+    _check_heads(query_heads, key_value_heads, hidden_dim)
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(
+            "`dropout` is the share of outputs to drop, at least 0 and "
+            f"less than 1. Received: dropout={dropout!r}"
+        )
+    if rope_dtype not in ROPE_DTYPES:
+        raise ValueError(
+            f"`rope_dtype` must be one of {ROPE_DTYPES}. Received: "
+            f"rope_dtype={rope_dtype!r}"
+        )
+    if embedding_initializer_range is not None:
+        numbers["embedding_initializer_range"] = embedding_initializer_range
+    checked = {
+        name: positive_int(name, value)
+        if name in SIZES
+        else checked_number(name, value, lambda x: x > 0, "greater than 0")
+        for name, value in numbers.items()
+    }
+    checked.setdefault("embedding_initializer_range", None)
+    return types.SimpleNamespace(
+        num_layers=num_layers,
+        num_query_heads=query_heads,
+        num_key_value_heads=key_value_heads,
+        hidden_dim=hidden_dim,
+        dropout=float(dropout),
+        rope_dtype=rope_dtype,
+        **checked,
+    )
 
 
 def _heads_per_layer(name, heads, num_layers):

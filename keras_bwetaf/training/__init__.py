@@ -13,10 +13,12 @@ from keras_bwetaf.training.optimizer_state import (
 )
 from keras_bwetaf.training.plots import plot_losses, plot_statistics
 from keras_bwetaf.training.recipe import WarmupDecay, recipe
+from keras_bwetaf.training.samples import Samples
 
 __all__ = [
     "AdamW",
     "Monitor",
+    "Samples",
     "TensorStatistics",
     "TrainingCheckpoint",
     "WarmupDecay",

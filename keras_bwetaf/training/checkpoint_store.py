@@ -8,6 +8,7 @@ computed where the array is, and compared when the array was restored.
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import re
 
@@ -36,6 +37,8 @@ NO_SETTINGS = (
 # damage.
 NOT_DAMAGE = (ConnectionError, MemoryError, PermissionError, TimeoutError)
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+# What TensorStore says of a call to the system, such as "File too large".
+OS_ERROR = re.compile(r": ([^:]+?) \[os_error_code=")
 
 
 class DamagedCheckpointError(ValueError):
@@ -86,11 +89,17 @@ class CheckpointStore:
                 pass  # It is none of the best.
 
     def __enter__(self):
+        logging.getLogger("absl").addFilter(_is_no_traceback)
         return self
 
     def __exit__(self, kind, error, traceback):
-        if not processes.is_of_lost_process(error):  # Orbax waits for all.
-            self._manager.close()
+        try:
+            if processes.is_of_lost_process(error):  # Orbax waits for all.
+                return
+            with contextlib.suppress(Exception) if error else self._writing():
+                self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(_is_no_traceback)
 
     @property
     def steps(self):
@@ -121,6 +130,9 @@ class CheckpointStore:
 
         Returns:
             bool. Whether all numbers are finite. If not, nothing is saved.
+
+        Raises:
+            OSError: If this or the checkpoint before can't be written.
         """
         arrays = _arrays(model)
         checksums, are_finite = _examine(arrays)
@@ -132,14 +144,16 @@ class CheckpointStore:
         items = {name: args.StandardSave(item) for name, item in arrays.items()}
         items[RUN] = args.JsonSave({"sha256": _sha256(text), RUN: text})
         self._rate(run)
-        self._manager.save(
-            run["step"], args=args.Composite(**items), force=True
-        )
+        with self._writing():
+            self._manager.save(
+                run["step"], args=args.Composite(**items), force=True
+            )
         return True
 
     def wait(self):
         """Waits until all is written."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def restore(self, model, step, include_optimizer=True):
         """Puts a checkpoint's arrays into the variables of a model.
@@ -212,6 +226,22 @@ class CheckpointStore:
         if digest != actual:
             raise self._damaged(step, f"other content in {RUN}")
         return json.loads(text)
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # What fails in the background, too.
+            if OUT_OF_MEMORY in str(error):
+                raise
+            reason = OS_ERROR.search(str(error))
+            reason = reason[1] if reason else f"{error!s:.300}"
+            complete = f"step {self.steps[-1]}" if self.steps else "none"
+            raise OSError(
+                f"{self.folder}: a checkpoint can't be written. Is there room "
+                "on the disk? Run the training again to go on from the latest "
+                f"that is complete: {complete}. Received: {reason}"
+            ) from error
 
     @contextlib.contextmanager
     def _reading(self, step):
@@ -314,6 +344,11 @@ def _leaves(value, path=()):
         if key not in NO_SETTINGS:
             is_level = key == "config"
             yield from _leaves(each, path if is_level else (*path, key))
+
+
+def _is_no_traceback(record):
+    """Whether to log what Orbax does; its errors are raised besides."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _variables(model, include_optimizer=True):

@@ -24,6 +24,10 @@ from keras_bwetaf.training.checkpoint_store import (
 
 MODES = ("min", "max")
 ON_DAMAGE = ("raise", "previous")
+AT_CTRL_C = (
+    "\nCtrl-C: stopping once the running step is finished and saved. "
+    "Ctrl-C again\nstops at once."
+)
 
 
 class TrainingCheckpoint(keras.callbacks.Callback):
@@ -44,16 +48,18 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     it is written in the background. A checkpoint appears when it is
     complete. None is saved if a weight is not finite.
 
-    On SIGTERM, which preemptible machines get before they are taken away,
-    the running step is finished and saved, and the process exits with status
-    143. During a validation, that happens after it. Python lets only the main
-    thread do this: in another one, `fit` does not answer the signal.
+    On Ctrl-C, the running step is finished and saved, and then
+    `KeyboardInterrupt` is raised; at a second Ctrl-C, at once. On SIGTERM,
+    which preemptible machines get before they are taken away, it is saved,
+    too, and the process exits with status 143. During a validation, this
+    happens after it. Python lets only the main thread do this: in another
+    one, `fit` does not answer signals.
 
     Several processes, which share the folder, save together: each what it
-    has, and the first one the rest. A signal to one of them is to all: a few
-    steps later, they save the same step and exit. Any other number of
-    processes can go on; only with the same one is the result the same, bit for
-    bit, and the batch before compared.
+    has, and the first one the rest. SIGTERM to one of them is to all: a few
+    steps later, they save the same step and exit. Ctrl-C saves nothing there.
+    Any other number of processes can go on; only with the same one is the
+    result the same, bit for bit, and the batch before compared.
 
     Args:
         folder: str or path. Of this training alone.
@@ -71,6 +77,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             the latest checkpoint is damaged, or if the model, the optimizer
             and its settings, such as the learning rate, the data or
             `steps_per_epoch` are not as they were.
+        OSError: In `fit`, if a checkpoint can't be written, as when the disk
+            is full.
 
     Example:
 
@@ -165,6 +173,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             )
         if self._restored:
             _set_states(self._others, self._restored["callbacks"])
+        if self._signal:  # Before the first step, which compiles.
+            self._exit()
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._restored and self._step_in_epoch:
@@ -177,7 +187,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if self._is_in_step:
             self._count_step()
             # `self.model` would fetch the state of every step.
-            if self._step % self.save_every == 0 or self._is_terminated:
+            if self._step % self.save_every == 0 or self._signal:
                 self._save()
         self._is_in_step = True
 
@@ -214,7 +224,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if processes.are_several() and reached_preemption_sync_point(
             self._step
         ):
-            self._is_terminated = True
+            self._signal = signal.SIGTERM
 
     def _save(self, logs=None):
         is_saved = self._store.save(
@@ -237,7 +247,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 "weights or of the optimizer are not finite.",
                 stacklevel=2,
             )
-        if self._is_terminated:
+        if self._signal:
             self._store.wait()
             self._exit()
 
@@ -292,10 +302,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._batches = batches
         self._steps_per_epoch = steps_per_epoch
         self._step, self._epoch, self._step_in_epoch = 0, initial_epoch, 0
-        self._is_terminated = False
         # Keras's own comes of a `fit` before.
         model.stop_training = False
-        with self._catch_sigterm(), self._open_store(create=True) as store:
+        with self._catch_signals(), self._open_store(create=True) as store:
             self._optimizer = optimizer_settings(model.optimizer)
             self._restored = self._restore_latest(store, model)
             if self._restored:
@@ -329,7 +338,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 training.end()
             finally:
                 self._store = None
-        if self._is_terminated:  # While the last checkpoint was written.
+        if self._signal:  # While the last checkpoint was written.
             self._exit()
         return history
 
@@ -417,30 +426,43 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             yield first, epochs, 0
 
     @contextlib.contextmanager
-    def _catch_sigterm(self):
-        self._previous_handler = None
+    def _catch_signals(self):
+        self._signal = None  # That came.
+        self._handlers = {}  # Those before.
         is_main = threading.current_thread() is threading.main_thread()
         # Python lets the main thread only set handlers. With several
         # processes, JAX has set one.
         if not is_main or processes.are_several():
             yield
             return
-
-        def handle(signum, frame):
-            self._is_terminated = True
-
-        self._previous_handler = signal.signal(signal.SIGTERM, handle)
+        numbers = [signal.SIGTERM]
+        if callable(signal.getsignal(signal.SIGINT)):  # It is not ignored.
+            numbers.append(signal.SIGINT)
+        for number in numbers:
+            self._handlers[number] = signal.signal(number, self._handle)
         try:
             yield
         finally:
-            # It is None if it was not set from Python.
-            signal.signal(
-                signal.SIGTERM, self._previous_handler or signal.SIG_DFL
-            )
+            for number, handler in self._handlers.items():
+                # It is None if it was not set from Python.
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def _handle(self, number, frame):
+        is_first, self._signal = self._signal is None, number
+        if number != signal.SIGINT:
+            return
+        if not is_first:
+            self._handlers[number](number, frame)
+        # The signal may have come while something was written there.
+        with contextlib.suppress(RuntimeError):
+            print(AT_CTRL_C, file=sys.stderr, flush=True)
 
     def _exit(self):
-        if callable(self._previous_handler):
-            self._previous_handler(signal.SIGTERM, None)
+        handler = self._handlers.get(self._signal)
+        if callable(handler):
+            handler(self._signal, None)
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
 
 

@@ -1,38 +1,57 @@
 """A training run, all of it in one folder: `keras-bwetaf train`."""
 
 import contextlib
-import dataclasses
+import hashlib
 import itertools
+import json
+import math
 import warnings
 from pathlib import Path
 
 import jax
 import keras
-import yaml
 
-from converters.files import local_path, new_file
+from converters.files import local_path, new_file, read_json_or_none
 from keras_bwetaf import distribution, presets
 from keras_bwetaf.data import load_packed, pack, read_documents
 from keras_bwetaf.data.index import FILE_NAME, read_index
+from keras_bwetaf.data.optional import import_optional
+from keras_bwetaf.data.packing import clear
 from keras_bwetaf.data.worker import VALIDATION
+from keras_bwetaf.layers.sharding import num_row_groups
 from keras_bwetaf.models import BwETAFBackbone, BwETAFCausalLM
+from keras_bwetaf.models.backbone import (
+    check_keywords,
+    checked_config,
+    config_names,
+)
 from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
 )
 from keras_bwetaf.models.tokenizer import BwETAFTokenizer, train_tokenizer
-from keras_bwetaf.processes import in_first_process
+from keras_bwetaf.processes import in_first_process, is_first_process
 from keras_bwetaf.training.checkpoints import TrainingCheckpoint
 from keras_bwetaf.training.monitor import Monitor
 from keras_bwetaf.training.recipe import recipe
-from keras_bwetaf.training.settings import TrainingSettings, read_settings
+from keras_bwetaf.training.run_folder import (
+    CHECKPOINTS,
+    LAST_MODEL,
+    MODEL,
+    PACKED,
+    PREPARATION,
+    TOKENIZER,
+    finished,
+    how_to_go_on,
+    keep,
+    keep_result,
+    kept,
+    resolve,
+)
+from keras_bwetaf.training.samples import Samples
 
-CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
-PACKED = "packed"
-MODEL = "model"
-TOKENIZER = "tokenizer.json"
-# A run may go on with others of these: they change nothing of the model.
-CHANGEABLE = ("save_every", "keep_last", "on_damage")
+# Shares to hold out, of documents and of the only one.
+HELD_OUT, HELD_OUT_OF_ONE = 0.01, 0.1
+TENSORBOARD = "tensorboard"
 
 
 def train(folder, **settings):
@@ -40,9 +59,18 @@ def train(folder, **settings):
 
     The folder gets the resolved settings (`config.yaml`), packed tokens
     (`packed`), checkpoints (`checkpoints`), statistics (`stats.json`), a plot
-    of the losses (`losses.png`) and at the end the model (`model`). The same
-    call again goes on where the last one stopped, exactly. Once the text is
-    packed, it is not needed any longer, and settings may be left out.
+    of the losses (`losses.png`) and at the end two models: `model`, the one
+    with the lowest validation loss, and `model-last`. Without a validation,
+    `model` is the last. `from_preset(folder)` finds `model`.
+
+    The same call again goes on where the last one stopped, exactly. Once the
+    text is packed, it is not needed any longer, and settings may be left out.
+    A finished run says so and trains nothing. With more `steps`, it goes on,
+    and is evaluated as often as before; its learning rate is from there on
+    that of so long a run, and so rises at first. Ctrl-C saves a checkpoint.
+
+    Of text in a single file, the end is held out for validation, and of
+    several documents, some are.
 
     Several devices share each batch, unless a distribution is set. Of
     several processes, all must call it (see `initialize`).
@@ -53,12 +81,15 @@ def train(folder, **settings):
             have no default.
 
     Returns:
-        The trained `BwETAFCausalLM`.
+        The `BwETAFCausalLM` in `model`.
 
     Raises:
         ValueError: If settings are wrong, or not those of the run in the
-            folder, of which a checkpoint is saved. `save_every`, `keep_last`
-            and `on_damage` may be others.
+            folder, of which a checkpoint is saved. `steps` may be more;
+            `save_every`, `keep_last`, `on_damage`, `sample` and `tensorboard`
+            may be others.
+        TypeError: If there is no such setting, or no such name in `model`.
+        OSError: If files can't be read or written.
 
     Example:
 
@@ -69,9 +100,23 @@ def train(folder, **settings):
     ```
     """
     folder = local_path("folder", folder)
-    settings = _resolve(folder, settings)
-    with _on_all_devices():
-        return _train(folder, settings)
+    settings = resolve(folder, settings)
+    if message := finished(folder, settings):
+        _say(message)
+        return presets.from_preset(folder / MODEL, dtype=settings.dtype)
+    try:
+        with _on_all_devices():
+            lm = _train(folder, settings)
+    except (KeyboardInterrupt, SystemExit):
+        _say(f"\n{how_to_go_on(folder)}")
+        raise
+    _say(finished(folder, settings))
+    return lm
+
+
+def _say(text):
+    if is_first_process():
+        print(text, flush=True)
 
 
 def _on_all_devices():
@@ -82,37 +127,35 @@ def _on_all_devices():
 
 
 def _train(folder, settings):
+    # What can be wrong is found out before what takes long.
     epochs = _epochs(settings)
-    keras.utils.set_random_seed(settings.seed)
-    lm = _model(folder, settings)
-    data = _packed(folder, settings, lm.preprocessor.tokenizer)
+    optimizer = recipe(
+        **{"name": "97m", **settings.recipe}, total_steps=settings.steps
+    )
+    config = _config(settings)
+    _check_batch_size(settings)
+    callbacks = _callbacks(folder, settings)
+    tokenizer, data = _tokenizer_and_data(folder, settings)
     options = {
         "sequence_length": settings.sequence_length
-        or lm.backbone.max_sequence_length,
+        or config["max_sequence_length"],
         "batch_size": settings.batch_size,
-        "tokenizer": lm.preprocessor.tokenizer,
+        "tokenizer": tokenizer,
+        "vocabulary_size": config["vocabulary_size"],
         "seed": settings.seed,
     }
     batches = load_packed(data, **options)
     validation = _validation(data, settings, options)
+    _say("Building the model.")
+    keras.utils.set_random_seed(settings.seed)
+    lm = _model(settings, config, tokenizer)
     lm.compile(
-        recipe(
-            **{"name": "97m", **settings.recipe}, total_steps=settings.steps
-        ),
+        optimizer,
         remat=settings.remat,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
     )
-    callbacks = [
-        Monitor(folder, total_steps=settings.steps),
-        TrainingCheckpoint(
-            folder / CHECKPOINTS,
-            save_every=settings.save_every,
-            keep_last=settings.keep_last,
-            on_damage=settings.on_damage,
-        ),
-    ]
-    in_first_process(_keep, folder, settings)
-    lm.fit(
+    in_first_process(keep, folder, settings)
+    history = lm.fit(
         batches,
         steps_per_epoch=settings.steps // epochs,
         epochs=epochs,
@@ -120,166 +163,245 @@ def _train(folder, settings):
         callbacks=callbacks,
         **validation,
     )
+    _say("Saving the model.")
+    losses = history.history.get("val_loss", [])
+    models = _save_models(folder, lm, callbacks[-1], settings.steps, losses)
     if settings.lora_rank:
         lm.backbone.merge_lora()
-    lm.save_to_preset(folder / MODEL)
+    in_first_process(keep_result, folder, settings.steps, models)
     return lm
 
 
-def _resolve(folder, settings):
-    """Settings of a run, which are kept in its folder once it has begun."""
-    saved = _kept(folder)
-    if saved is None:
-        missing = [name for name in ("data", "steps") if name not in settings]
-        if missing:
-            raise ValueError(
-                "A new run needs the settings `data` and `steps`. Received: "
-                f"{sorted(settings)}"
-            )
-        return TrainingSettings(**settings)
-    wanted = dataclasses.replace(saved, **settings)
-    differences = [
-        f"{name}: {getattr(saved, name)!r} in the run"
-        for name in _differences(saved, wanted)
-    ]
-    if differences and any((folder / CHECKPOINTS).glob("[0-9]*")):
-        raise ValueError(
-            f"{folder}: a run goes on with the settings that it began with. "
-            "Leave them out, or choose another folder. Received others:\n"
-            + "\n".join(differences)
+def _callbacks(folder, settings):
+    """The callbacks of `fit`, of which the last is the checkpoint."""
+    for package in ("grain", "orbax.checkpoint"):
+        import_optional(package, "train", "`train`")
+    monitor = Monitor(folder, total_steps=settings.steps)
+    callbacks = [_Announcement(settings.steps), monitor]
+    log_dir = folder / TENSORBOARD if settings.tensorboard else None
+    if settings.sample:
+        samples = Samples(
+            settings.sample,
+            monitor=monitor,
+            log_dir=log_dir and log_dir / "samples",
         )
-    return wanted
-
-
-def _kept(folder):
-    """The settings in the folder of a run, or None."""
-    path = folder / CONFIG
-    return TrainingSettings(**read_settings(path)) if path.is_file() else None
-
-
-def _differences(saved, wanted):
-    """Names of settings with which another model would be trained."""
+        callbacks.insert(0, samples)
+    if settings.tensorboard:
+        import_optional("tensorboard", "train", "`tensorboard`")
+        callbacks.append(
+            keras.callbacks.TensorBoard(str(log_dir), write_graph=False)
+        )
     return [
-        field.name
-        for field in dataclasses.fields(TrainingSettings)
-        if field.name not in CHANGEABLE
-        and getattr(saved, field.name) != getattr(wanted, field.name)
+        *callbacks,
+        TrainingCheckpoint(
+            folder / CHECKPOINTS,
+            save_every=settings.save_every,
+            keep_last=settings.keep_last,
+            on_damage=settings.on_damage,
+        ),
     ]
 
 
-def _has_begun(folder, settings):
-    """Whether the folder has the tokenizer and tokens for these settings."""
-    saved = _kept(folder)
-    return saved is not None and not _differences(saved, settings)
+class _Announcement(keras.callbacks.Callback):
+    """Says what happens until the first step is done."""
+
+    def __init__(self, total_steps):
+        super().__init__()
+        self.total_steps = total_steps
+
+    def on_train_begin(self, logs=None):
+        step = int(self.model.optimizer.iterations)
+        if step:
+            _say(f"Going on after step {step:,} of {self.total_steps:,}.")
+        _say("Compiling the first step, which may take a minute.")
 
 
-def _keep(folder, settings):
-    """Writes the settings, once tokens are packed and all can be built."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with new_file(folder / CONFIG) as file:
-        content = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
-        file.write(content.encode())
+def _save_models(folder, lm, checkpoint, steps, losses):
+    """Saves the last model, and the best if there were validations.
+
+    Args:
+        folder: Path.
+        lm: `BwETAFCausalLM`, the last. It becomes the best.
+        checkpoint: `TrainingCheckpoint`.
+        steps: int.
+        losses: list of float, of the validations.
+
+    Returns:
+        dict of names of folders to dicts of `"step"` and `"val_loss"`.
+    """
+    last = {"step": steps, "val_loss": losses[-1] if losses else None}
+    if not any(map(math.isfinite, losses)):
+        lm.save_to_preset(folder / MODEL)
+        return {MODEL: last}
+    lm.save_to_preset(folder / LAST_MODEL)
+    best = checkpoint.restore(lm, "best")
+    lm.save_to_preset(folder / MODEL)
+    best = {"step": best["step"], "val_loss": best["logs"]["val_loss"]}
+    return {MODEL: best, LAST_MODEL: last}
 
 
 def _epochs(settings):
     """How often the model is evaluated; `fit` has epochs of equal length."""
-    steps, validate_every = settings.steps, settings.validate_every
-    if validate_every is None:
-        epochs = max(n for n in range(1, 21) if steps % n == 0)
-        if epochs < min(steps, 5):
-            warnings.warn(
-                f"{steps} steps divide into {epochs} equal parts, after each "
-                "of which the model is evaluated; a multiple of 20 divides "
-                f"into 20. Received: steps={steps}",
-                stacklevel=4,
-            )
-        return epochs
-    if validate_every < 1 or steps % validate_every:
-        raise ValueError(
-            "`steps` must be a multiple of `validate_every`. Received: "
-            f"steps={steps}, validate_every={validate_every}"
+    steps, epochs = settings.steps, settings.epochs
+    if settings.validate_every is None and epochs < min(steps, 5):
+        warnings.warn(
+            f"{steps} steps divide into {epochs} equal parts, after each "
+            "of which the model is evaluated; a multiple of 20 divides "
+            f"into 20. Received: steps={steps}",
+            stacklevel=4,
         )
-    return steps // validate_every
+    return epochs
 
 
-def _model(folder, settings):
+# What the model is.
+
+
+def _is_new(settings):
+    return settings.from_scratch or bool(settings.vocabulary_size)
+
+
+def _config(settings):
+    """The model's configuration, checked.
+
+    Raises:
+        ValueError: If it is wrong, or the preset's weights do not fit it.
+        TypeError: If there is an unknown name in it.
+    """
+    check_keywords("`model`", settings.model)
+    saved = presets.load_config(settings.preset)
+    saved = {name: saved[name] for name in config_names() if name in saved}
+    config = {**saved, **settings.model}
+    if not _is_new(settings):
+        checked_config(**config)
+        presets.check_changes(saved, settings.model)
+        return config
+    if "rope_dtype" not in settings.model:
+        # Only published weights need angles that are rounded as activations
+        # are.
+        config["rope_dtype"] = "float32"
+    if settings.vocabulary_size:
+        config["vocabulary_size"] = settings.vocabulary_size
+    checked_config(**config)
+    return config
+
+
+def _model(settings, config, tokenizer):
     """The model to train, with its tokenizer."""
-    if not (settings.from_scratch or settings.vocabulary_size):
+    if not _is_new(settings):
         lm = presets.from_preset(
             settings.preset, dtype=settings.dtype, **settings.model
         )
     else:
-        lm = _new_model(folder, settings)
+        if settings.vocabulary_size:  # Or fewer, if the text has no more.
+            size = tokenizer.vocabulary_size()
+            config = {**config, "vocabulary_size": size}
+        backbone = BwETAFBackbone(**config, dtype=settings.dtype)
+        preprocessor = BwETAFCausalLMPreprocessor(
+            tokenizer, sequence_length=backbone.max_sequence_length
+        )
+        lm = BwETAFCausalLM(backbone, preprocessor)
     if settings.lora_rank:
         lm.backbone.enable_lora(settings.lora_rank)
     return lm
 
 
-def _new_model(folder, settings):
-    """A model with random weights, and perhaps a tokenizer of its own."""
-    tokenizer, changes = _tokenizer(folder, settings), {}
-    if settings.vocabulary_size:
-        changes = {"vocabulary_size": tokenizer.vocabulary_size()}
-    config = presets.load_config(settings.preset)
-    # Only published weights need angles that are rounded as activations are.
-    exact = {"rope_dtype": "float32"}
-    backbone = BwETAFBackbone(
-        **{**config, **exact, **settings.model, **changes},
-        dtype=settings.dtype,
-    )
-    preprocessor = BwETAFCausalLMPreprocessor(
-        tokenizer, sequence_length=backbone.max_sequence_length
-    )
-    return BwETAFCausalLM(backbone, preprocessor)
+# What it is trained on.
 
 
-def _tokenizer(folder, settings):
-    """The preset's tokenizer, or one that is trained once, on the text."""
-    if not settings.vocabulary_size:
-        return BwETAFTokenizer.from_preset(settings.preset)
-    path = folder / TOKENIZER
-    if not _has_begun(folder, settings):
-        if not _is_text(settings.data):
+def _check_batch_size(settings):
+    groups = num_row_groups()
+    if settings.batch_size % groups:
+        raise ValueError(
+            f"`batch_size` must be a multiple of {groups}, among as many "
+            "devices, or groups of them, its rows are split. Received: "
+            f"batch_size={settings.batch_size}"
+        )
+
+
+def _tokenizer_and_data(folder, settings):
+    """The tokenizer, and what `load_packed` takes: text is packed once."""
+    data = settings.data
+    if not _is_text(data):
+        if settings.vocabulary_size:
             raise ValueError(
                 "`vocabulary_size` trains a tokenizer on text, but the data "
                 "are tokens already. Leave it out. Received: "
-                f"vocabulary_size={settings.vocabulary_size}, "
-                f"data={settings.data!r}"
+                f"vocabulary_size={settings.vocabulary_size}, data={data!r}"
             )
-        in_first_process(_train_tokenizer, path, settings)
-    return BwETAFTokenizer(str(path))
-
-
-def _train_tokenizer(path, settings):
-    texts = read_documents(
-        settings.data, column=settings.text_column, errors=settings.errors
-    )
-    tokenizer = train_tokenizer(
-        texts, settings.vocabulary_size, show_progress=True
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as file:
-        file.write(tokenizer.content)
-
-
-def _packed(folder, settings, tokenizer):
-    """What `load_packed` takes: the data, or text that is packed once."""
-    data = settings.data
-    if isinstance(data, list):  # A file of settings has no tuples and None.
-        return [(stage[0], *(stage[1:] or [None])) for stage in data]
-    if not _is_text(data):
-        return data
-    if not _has_begun(folder, settings):
+        if isinstance(data, list):  # A file of settings has no tuples, None.
+            data = [(stage[0], *(stage[1:] or [None])) for stage in data]
+        return BwETAFTokenizer.from_preset(settings.preset), data
+    is_packed = _is_prepared(folder, settings)
+    fraction = None
+    if not is_packed:
+        fraction = in_first_process(_prepare, folder, settings)
+    tokenizer = BwETAFTokenizer.from_preset(settings.preset)
+    if settings.vocabulary_size:
+        tokenizer = BwETAFTokenizer(str(folder / TOKENIZER))
+    if not is_packed:
+        _say(f"Packing {data} into tokens.")
         pack(
             data,
             folder / PACKED,
             tokenizer,
             column=settings.text_column,
             errors=settings.errors,
-            validation_fraction=settings.validation_fraction,
+            validation_fraction=fraction or 0.0,
             max_tokens=settings.max_tokens,
         )
-    return folder / PACKED
+    return tokenizer, folder / PACKED
+
+
+def _of_text(settings):
+    """The settings with which a tokenizer and tokens are made, a dict."""
+    size = settings.vocabulary_size
+    return {
+        "tokenizer": settings.preset if size is None else size,
+        "data": settings.data,
+        "text_column": settings.text_column,
+        "errors": settings.errors,
+        "validation_fraction": settings.validation_fraction,
+        "max_tokens": settings.max_tokens,
+    }
+
+
+def _is_prepared(folder, settings):
+    """Whether the folder has the tokenizer and tokens for these settings."""
+    saved = kept(folder)
+    return saved is not None and _of_text(saved) == _of_text(settings)
+
+
+def _prepare(folder, settings):
+    """Trains a tokenizer, if one is wanted that is not there.
+
+    What an earlier call left is kept only if it was made of the same text
+    with the same settings.
+
+    Returns:
+        float, the share to hold out.
+    """
+    documents = read_documents(
+        settings.data, column=settings.text_column, errors=settings.errors
+    )
+    source = dict(documents.description)
+    source.pop("commit", None)  # In which the same files were found.
+    made_of = json.dumps([source, _of_text(settings)], sort_keys=True)
+    record = {"sha256": hashlib.sha256(made_of.encode()).hexdigest()}
+    folder.mkdir(parents=True, exist_ok=True)
+    if read_json_or_none(folder / PREPARATION) != record:
+        (folder / TOKENIZER).unlink(missing_ok=True)
+        clear(folder / PACKED)
+        with new_file(folder / PREPARATION) as file:
+            file.write(json.dumps(record).encode() + b"\n")
+    if settings.vocabulary_size and not (folder / TOKENIZER).is_file():
+        size = settings.vocabulary_size
+        _say(f"Training a tokenizer of up to {size:,} tokens.")
+        tokenizer = train_tokenizer(documents, size)
+        with new_file(folder / TOKENIZER) as file:
+            file.write(tokenizer.content)
+    if settings.validation_fraction is not None:
+        return settings.validation_fraction
+    return HELD_OUT_OF_ONE if documents.num_documents == 1 else HELD_OUT
 
 
 def _is_text(data):

@@ -14,6 +14,7 @@ from converters.files import new_file, read_json
 FILE_NAME = "stats.json"
 STEPS = ("step", "loss", "gradient_norm", "learning_rate", "tokens", "seconds")
 VALIDATIONS = ("val_step", "val_loss")
+SAMPLES = "samples"
 SMOOTHING = 0.95  # A mean over about the last 20 steps.
 WINDOW = 50  # The steps whose speed is shown.
 MOST_STEPS = 20_000  # That are kept and written.
@@ -102,7 +103,9 @@ class Statistics:
             `"loss"`; `"gradient_norm"`, before clipping, `None` where it is
             not finite; `"learning_rate"`; `"tokens"` that count in the
             loss; and `"seconds"`, `None` for the first step of a `fit`, which
-            compiles. Of validations, `"val_step"` and `"val_loss"`.
+            compiles. Of validations, `"val_step"` and `"val_loss"`. And
+            `"samples"`, texts that the model continued, dicts of `"step"`,
+            `"prompt"` and `"text"`.
         stride: int. Values of every so many steps are kept.
         compile_seconds: float. What the first steps took.
         smoothed_loss: float or `None`.
@@ -111,7 +114,7 @@ class Statistics:
     """
 
     def __init__(self):
-        self.entries = {name: [] for name in STEPS + VALIDATIONS}
+        self.entries = {name: [] for name in (*STEPS, *VALIDATIONS, SAMPLES)}
         self.stride = 1
         self.compile_seconds = 0.0
         self.smoothed_loss = None
@@ -170,6 +173,11 @@ class Statistics:
             self._append(values)
         if len(self) > MOST_STEPS:
             self._thin()
+
+    def add_sample(self, step, prompt, text):
+        """Adds what the model made of a text after a step."""
+        sample = {"step": step, "prompt": prompt, "text": text}
+        self._append({SAMPLES: sample})
 
     def _append(self, values):
         for name, value in values.items():
@@ -264,7 +272,7 @@ class Statistics:
             "compile time": self.compile_seconds,
             "tokens per second": self.totals.tokens_per_second(),
         }
-        for key in (*STEPS, *VALIDATIONS):
+        for key in (*STEPS, *VALIDATIONS, SAMPLES):
             statistics.setdefault(key, [entries[key]])
         statistics["stats"] = list(statistics)
         with new_file(Path(folder) / FILE_NAME) as file:

@@ -133,3 +133,34 @@ def test_copies_are_on_one_side():
 def test_documents_that_differ_in_a_digit_are_independent():
     sides = [worker.is_held_out(f"text {n}", 0.5) for n in range(100)]
     assert 25 < sum(sides) < 75
+
+
+@pytest.mark.parametrize(
+    "text, fraction, end",
+    [
+        ("one two three four", 0.6, " three four"),
+        ("one two three four", 0.3, " four"),
+        ("one\ntwo", 0.9, "\ntwo"),
+        ("un broken", 0.25, ""),
+        ("", 0.5, ""),
+    ],
+)
+def test_the_end_of_a_text(text, fraction, end):
+    start, received = worker.without_end(text, fraction)
+    assert (start + received, received) == (text, end)
+
+
+def test_the_only_document_is_on_both_sides(tokenizer):
+    specification = tokenizer._encoder(()).to_str()
+    only = worker.DocumentEncoder(specification, 0, "uint16", 0.25, True)
+    text = " ".join(make_documents(10))
+    result = only.encode([text])
+    assert result["documents"] == 1 and result["empty_documents"] == 0
+    start, end = worker.without_end(text, 0.25)
+    for split, part in (("train", start), ("validation", end)):
+        (ids,) = result[split]
+        assert ids[-1] == 0
+        assert ids[:-1].tolist() == only.token_ids(part).tolist()
+    assert only.encode([""])["empty_documents"] == 1
+    everything = worker.DocumentEncoder(specification, 0, "uint16", 0.0, True)
+    assert not everything.encode([text])["validation"]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import keras_bwetaf
 from keras_bwetaf import BwETAFBackbone, list_presets
 from keras_bwetaf.presets import PRESETS
 from tests.keras_hub_checks import KerasHubTestCase
@@ -137,3 +138,39 @@ def test_numbers_of_numpy_and_jax():
     expected = BwETAFBackbone(**{**TINY, "dropout": 0.5}).get_config()
     del config["name"], expected["name"]
     assert json.dumps(config) == json.dumps(expected)
+
+
+@pytest.mark.parametrize(
+    "typo, meant",
+    [
+        ({"layers": 2}, "num_layers"),
+        ({"num_layer": 2}, "num_layers"),
+        ({"hidden_size": 64}, "hidden_dim"),
+        ({"droput": 0.1}, "dropout"),
+    ],
+)
+def test_unknown_keywords(typo, meant):
+    (name,) = typo
+    message = rf"unknown keywords: {name} \(did you mean {meant}\?\).*Received"
+    with pytest.raises(TypeError, match=rf"^BwETAFBackbone\(\) .*{message}"):
+        BwETAFBackbone(**TINY, **typo)
+    with pytest.raises(TypeError, match=rf"^from_preset\(\) .*{message}"):
+        keras_bwetaf.from_preset("tiny", **typo)
+
+
+def test_keras_keywords():
+    backbone = BwETAFBackbone(
+        **TINY, name="mine", trainable=False, dtype="bfloat16"
+    )
+    assert backbone.name == "mine" and not backbone.trainable
+    assert backbone.compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"dropout": "0.1"}, {"initializer_range": "1"}, {"dropout": None}],
+)
+def test_numbers(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"`{name}` .*Received: {name}="):
+        BwETAFBackbone(**{**TINY, **changes})

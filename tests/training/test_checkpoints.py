@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -328,6 +329,72 @@ def test_sigterm_handlers(folder, lm):
         signal.signal(signal.SIGTERM, before)
 
 
+def interrupt(model):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c(whole, folder, lm, capsys):
+    """Saves the step, and is then what it is without the callback."""
+    before = signal.getsignal(signal.SIGINT)
+    for step in (3, 3, 8):  # Also the last of an epoch, and in another one.
+        with pytest.raises(KeyboardInterrupt):
+            fit(lm, folder, After(step, interrupt))
+        assert signal.getsignal(signal.SIGINT) is before
+        assert capsys.readouterr().err.startswith("\nCtrl-C: stopping once")
+    assert names(folder) == ["12", "14", "3", "4", "6", "8"]
+    assert "val_loss" in restore(lm, folder, 6)["logs"]
+    clear(lm)
+    history = fit(lm, folder)
+    assert history.history == whole.history.history
+    assert_same(state(lm), whole.states[NUM_STEPS])
+
+
+def test_a_second_ctrl_c_stops_at_once(folder, lm):
+    def interrupt_twice(model):
+        interrupt(model)
+        interrupt(model)
+        pytest.fail("it goes on")
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(lm, folder, After(3, interrupt_twice))
+    assert names(folder) == []
+
+
+def test_ctrl_c_before_the_first_step(copied, lm):
+    """Nothing is compiled for a step."""
+
+    class Impatient(keras.callbacks.Callback):
+        def set_state(self, state):
+            if not state["is_told"]:
+                interrupt(None)
+            state["is_told"] = True
+
+        def get_state(self):
+            return {"is_told": False}
+
+    record = Recorder()
+    shutil.rmtree(copied / "checkpoints" / "18")
+    fit(lm, copied, After(1, stop), Impatient(), epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(lm, copied, Impatient(), record, epochs=4)
+    assert record.events == ["begin"]
+
+
+def test_handlers_of_ctrl_c(folder, lm):
+    received = []
+    before = signal.signal(signal.SIGINT, lambda *_: received.append(1))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(lm, folder, After(2, interrupt))
+        assert received == [1] and names(folder) == ["2"]
+        # As a shell starts what runs in the background.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        fit(lm, folder, After(2, interrupt), epochs=1)
+        assert names(folder) == ["2", "4", "6"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_thread(folder, lm):
     before = signal.getsignal(signal.SIGTERM)
     handlers = []
@@ -521,6 +588,29 @@ def test_a_failure_is_no_damage(copied, lm, monkeypatch, error):
     with pytest.raises(type(error)):
         fit(lm, copied, on_damage="previous")
     assert names(copied) == ["12", "16", "18", "4", "6", "8"]
+
+
+def test_a_full_disk_is_one_line(folder, lm, caplog):
+    """Orbax logs a traceback of each thread besides."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(model):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+
+    fit(lm, folder, epochs=1, validate=False)
+    try:
+        with pytest.raises(OSError) as error:
+            fit(lm, folder, After(1, fill), epochs=2, validate=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(error.value) == (
+        f"{folder / 'checkpoints'}: a checkpoint can't be written. Is there "
+        "room on the disk? Run the training again to go on from the latest "
+        "that is complete: step 6. Received: File too large"
+    )
+    assert not [each for each in caplog.records if each.exc_info]
+    fit(lm, folder, epochs=2, validate=False)
+    assert restore(lm, folder)["step"] == 12
 
 
 # === What does not fit ===

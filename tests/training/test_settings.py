@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from keras_bwetaf.layers.transformer_block import REMAT
 from keras_bwetaf.training.settings import TrainingSettings, read_settings
 
 SETTINGS = {"data": "corpus.txt", "steps": 100, "model": {"num_layers": 2}}
@@ -29,6 +30,18 @@ def test_files(tmp_path, name, content):
 
 
 @pytest.mark.parametrize(
+    "text, value",
+    [("1e-3", 1e-3), ("1E5", 1e5), ("-2.5e+1", -25.0), (".5e1", 5.0)]
+    + [("1.0e-3", 1e-3), ("3", 3), ("0.5", 0.5), ("e3", "e3"), ("1e", "1e")],
+)
+def test_yaml_numbers(tmp_path, text, value):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"recipe: {{peak_learning_rate: {text}}}\n")
+    received = read_settings(path)["recipe"]["peak_learning_rate"]
+    assert received == value and type(received) is type(value)
+
+
+@pytest.mark.parametrize(
     "name, content, message",
     [
         ("run.txt", YAML, r"ends with one of .*'.toml'.*Received.*run.txt"),
@@ -36,6 +49,8 @@ def test_files(tmp_path, name, content):
         ("run.yaml", "data: [", r"run.yaml: "),
         ("run.json", "{", r"run.json: "),
         ("run.yaml", "just words", r"expected names and values.*str"),
+        ("run.yaml", "stepz: 3", r"stepz \(did you mean steps\?\)"),
+        ("run.yaml", "3: 4", "no such settings: 3"),
         ("run.yaml", "stepz: 3", r"among \['batch_size'.*Received: \['stepz'"),
     ],
 )
@@ -64,6 +79,20 @@ def test_types():
         "steps: expected int. Received: steps=True",
         "model: expected dict. Received: model='num_layers=2'",
     ]
+
+
+def test_choices_are_those_of_the_model():
+    (remat,) = [
+        field
+        for field in dataclasses.fields(TrainingSettings)
+        if field.name == "remat"
+    ]
+    assert remat.metadata["choices"] == REMAT
+
+
+def test_one_sample():
+    settings = TrainingSettings(data="a", steps=1, sample="Once")
+    assert settings.sample == ["Once"]
 
 
 def test_every_setting_is_explained():
