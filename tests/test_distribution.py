@@ -184,6 +184,7 @@ def train(lm, x, num_steps=5):
         x,
         batch_size=8,
         epochs=num_steps,
+        shuffle=False,
         verbose=0,
         callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=keep)],
     )

@@ -1,5 +1,7 @@
 import functools
+import itertools
 import os
+from collections.abc import Mapping
 
 import keras
 import keras_hub
@@ -23,7 +25,6 @@ from keras_bwetaf.generation.sampling import (
     from_keras_hub,
 )
 from keras_bwetaf.generation.streaming import TextStream
-from keras_bwetaf.layers.sharding import num_row_groups
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
@@ -32,8 +33,9 @@ from keras_bwetaf.models.compile_arguments import CompileArguments
 from keras_bwetaf.models.lora import merged_for_saving
 from keras_bwetaf.models.quantization import only_what_can_be
 from keras_bwetaf.processes import gathered, in_first_process
-from keras_bwetaf.training import train_step
+from keras_bwetaf.training import fit_data, train_step
 from keras_bwetaf.training.checkpoints import TrainingCheckpoint, track
+from keras_bwetaf.training.loss import mean_loss, targets_and_weights
 from keras_bwetaf.training.metrics import TokenMetrics
 from keras_bwetaf.training.optimizer import check_callbacks, start_averages
 from keras_bwetaf.training.trainer_state import TrainerState, running
@@ -75,7 +77,7 @@ class BwETAFCausalLM(CausalLM):
 
     backbone_cls = BwETAFBackbone
     preprocessor_cls = BwETAFCausalLMPreprocessor
-    fuses_head_and_loss = False  # `compile` decides.
+    has_default_loss = fuses_head_and_loss = False  # `compile` decides.
     # Of the last `fit`: `TrackedBatches`, if its data was a Grain data set.
     train_batches = None
 
@@ -108,8 +110,10 @@ class BwETAFCausalLM(CausalLM):
         The default loss is the mean cross-entropy of the next token. Head and
         loss are computed together, a part of a row at a time, so that the
         logits of a batch never exist at once. `fit` and `evaluate` report
-        `loss`, `accuracy` and `perplexity`, each a mean over tokens. A loss
-        or metrics of your own see all the logits, as in every Keras model.
+        `loss`, `accuracy` and `perplexity`, each a mean over tokens. What is
+        in `losses`, such as a regularizer's, is added to the loss, and not to
+        the perplexity. A loss or metrics of your own see all the logits, as
+        in every Keras model.
 
         Args:
             optimizer: See `keras_hub.models.CausalLM.compile`, and
@@ -158,12 +162,9 @@ class BwETAFCausalLM(CausalLM):
                 f"loss={loss!r}, metrics={metrics!r}, "
                 f"weighted_metrics={weighted_metrics!r}"
             )
-        elif _is_auto(loss):
-            loss = keras.losses.SparseCategoricalCrossentropy(
-                from_logits=True, reduction="mean_with_sample_weight"
-            )
         self._set_remat(remat)
         self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.has_default_loss = _is_auto(loss)
         self.fuses_head_and_loss = fuses_head_and_loss
         self.reports_steps = False  # `Monitor` turns it on.
         self.step_values = None  # Of the last step, if it does.
@@ -174,7 +175,7 @@ class BwETAFCausalLM(CausalLM):
         self.loss = self._compile_loss = self._compile_metrics = None
         super().compile(
             optimizer=optimizer,
-            loss=None if fuses_head_and_loss else loss,
+            loss=None if self.has_default_loss else loss,
             metrics=metrics,
             weighted_metrics=None if fuses_head_and_loss else weighted_metrics,
             sampler=sampler,
@@ -188,13 +189,62 @@ class BwETAFCausalLM(CausalLM):
             metrics + self.token_metrics.metrics if self.compiled else metrics
         )
 
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        """The loss of a batch of logits, for a training step of one's own.
+
+        Args:
+            x: dict. See `fit`.
+            y: int array `(batch, length)`, or `None`.
+            y_pred: float array `(batch, length, vocabulary_size)`. Logits.
+            sample_weight: float array `(batch, length)` or `(batch,)`, or
+                `None`.
+            training: bool. See `keras.Model.compute_loss`.
+
+        Returns:
+            float scalar: what was compiled, and the sum of `self.losses`.
+        """
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        if self.has_default_loss:
+            loss += mean_loss(y_pred, x, y, sample_weight)
+        return loss
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        if self.has_default_loss:  # They count what the loss counts.
+            y, sample_weight = targets_and_weights(x, y, sample_weight)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
     def preprocess_samples(self, x, y=None, sample_weight=None):
-        if isinstance(x, dict) and "token_ids" in x:  # They are token ids.
+        if self.preprocessor is None or isinstance(x, Mapping):  # Token ids.
+            fit_data.check_token_rows(
+                x, y, sample_weight, self.backbone.vocabulary_size
+            )
+            if y is None and sample_weight is not None:
+                y = fit_data.next_tokens(x)
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        return super().preprocess_samples(x, y, sample_weight)
+        weights = sample_weight
+        fit_data.check_beside_texts(x, y, weights)
+        x, y, sample_weight = super().preprocess_samples(x)
+        if weights is not None:
+            sample_weight = np.asarray(weights)[:, None] * sample_weight
+        return x, y, sample_weight
 
     @running
-    def fit(self, x=None, y=None, *args, callbacks=None, **kwargs):
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        sample_weight=None,
+        validation_data=None,
+        validation_split=None,
+        *,
+        callbacks=None,
+        shuffle=None,
+        class_weight=None,
+        **kwargs,
+    ):
         """Trains the model. See `keras.Model.fit`.
 
         On several devices, the last batch of strings or arrays is filled up
@@ -207,34 +257,73 @@ class BwETAFCausalLM(CausalLM):
         Args:
             x: Strings, of which the preprocessor drops what is longer than
                 its `sequence_length`; a dict of `token_ids` and
-                `padding_mask`; or a data set of batches of them, such as
-                `keras_bwetaf.data.load_packed` returns, which drops nothing.
+                `padding_mask`; or batches of either, such as
+                `keras_bwetaf.data.load_packed` returns, which drops nothing:
+                a data set of Grain or `tf.data`, a `keras.utils.PyDataset`,
+                a PyTorch DataLoader or an iterator. A batch may be a tuple
+                of inputs, labels and sample weights.
                 Batches of a `grain.IterDataset` can be read again by the
                 number of their step, from `train_batches`.
-            y: int array, or `None`. The tokens to predict.
+            y: int array `(rows, length)`, or `None`. The tokens to predict
+                instead of the next one of the row; negative ones are
+                ignored. Beside strings there are none.
+            batch_size: int, of strings or arrays. Defaults to 32.
+            sample_weight: float array `(rows,)` or, beside arrays, `(rows,
+                length)`. How much a row or a prediction counts.
+            validation_data: As `x`, or a tuple of inputs, labels and sample
+                weights.
+            validation_split: float. The last strings or arrays, of which it
+                is the share, are for validation.
             callbacks: list. With a `keras_bwetaf.training.TrainingCheckpoint`
                 among them, training goes on from the latest checkpoint.
-            *args, **kwargs: See `keras.Model.fit`.
+            shuffle: bool. Whether strings and arrays come in a new order in
+                each epoch, and the batches of a `PyDataset`. It depends on
+                `keras.utils.set_random_seed`. Defaults to `True`. Other
+                batches come in the order in which they are read.
+            class_weight: Must be `None`: tokens are no classes to weigh.
+            **kwargs: See `keras.Model.fit`.
 
         Returns:
             `keras.callbacks.History`.
+
+        Raises:
+            ValueError: If there is data that can't be used.
         """
         check_callbacks(self.optimizer, callbacks)
+        if class_weight is not None:
+            raise ValueError(
+                "A language model's labels are tokens, so there is no "
+                "`class_weight`. Use `sample_weight`, of rows or of single "
+                f"tokens. Received: class_weight={class_weight!r}"
+            )
         if self.preprocessor is not None and not self.preprocessor.built:
             # Or Keras traces the model anew at each validation, for which it
             # reads one more batch than there may be.
             self.preprocessor.build(None)
-        if self.fuses_head_and_loss:
-            weights = kwargs.pop("sample_weight", None)
-            x, y, kwargs["sample_weight"] = _fill_up(x, y, weights)
-            validation = kwargs.get("validation_data")
-            if isinstance(validation, tuple):
-                kwargs["validation_data"] = _fill_up(*validation)
+        if validation_split and validation_data is None:
+            (x, y, sample_weight), validation_data = fit_data.split(
+                (x, y, sample_weight), validation_split
+            )
+        is_for_keras_hub = fit_data.is_for_keras_hub(x)
         self.train_batches = track(x)
-        if self.train_batches is not None:
-            x = self.train_batches
-            kwargs.setdefault("shuffle", False)  # Or Keras warns.
-        fit = functools.partial(super().fit, x, y, *args)
+        arguments = fit_data.for_fit(
+            self,
+            x if self.train_batches is None else self.train_batches,
+            y,
+            sample_weight,
+            validation_data,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            **kwargs,
+        )
+        fit = super().fit
+        if not is_for_keras_hub:
+            fit = functools.partial(keras.Model.fit, self)
+        fit = functools.partial(fit, **arguments)
+        with fit_data.no_false_alarm(kwargs.get("steps_per_epoch")):
+            return self._fit(fit, callbacks, kwargs)
+
+    def _fit(self, fit, callbacks, arguments):
         for callback in keras.tree.flatten(callbacks):
             if isinstance(callback, TrainingCheckpoint):
                 return callback.run(
@@ -242,25 +331,37 @@ class BwETAFCausalLM(CausalLM):
                     self,
                     self.train_batches,
                     callbacks=callbacks,
-                    **kwargs,
+                    **arguments,
                 )
-        return fit(callbacks=callbacks, **kwargs)
+        return fit(callbacks=callbacks, **arguments)
 
     @running
     def evaluate(
         self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs
     ):
         """Means over tokens. See `keras.Model.evaluate`, and `fit`."""
-        if self.fuses_head_and_loss:
-            x, y, sample_weight = _fill_up(x, y, sample_weight)
-        return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
+        evaluate = super().evaluate
+        is_within_fit = kwargs.get("_use_cached_eval_dataset", False)
+        if not is_within_fit and not fit_data.is_for_keras_hub(x):
+            evaluate = functools.partial(keras.Model.evaluate, self)
+            x, y, sample_weight = fit_data.for_keras(
+                self, x, y, sample_weight, batch_size=batch_size
+            )
+        with fit_data.no_false_alarm(kwargs.get("steps")):
+            return evaluate(
+                x, y, batch_size, sample_weight=sample_weight, **kwargs
+            )
 
     @running
     def predict(self, x=None, batch_size=None, **kwargs):
         """Logits. See `keras.Model.predict`, and `fit`."""
-        num_rows = _num_rows(x)
-        (x,) = _fill_up(x)
-        return super().predict(x, batch_size, **kwargs)[:num_rows]
+        predict, data = super().predict, x
+        if not fit_data.is_for_keras_hub(x):
+            predict = functools.partial(keras.Model.predict, self)
+            data, _, _ = fit_data.for_keras(self, x, batch_size=batch_size)
+        with fit_data.no_false_alarm(kwargs.get("steps")):
+            logits = predict(data, batch_size=batch_size, **kwargs)
+        return logits[: fit_data.num_rows(x)]
 
     train_on_batch = running(CausalLM.train_on_batch)
     test_on_batch = running(CausalLM.test_on_batch)
@@ -322,8 +423,9 @@ class BwETAFCausalLM(CausalLM):
             config["gradient_accumulation_steps"] = (
                 self.gradient_accumulation_steps
             )
-            if self.fuses_head_and_loss:
+            if self.has_default_loss:
                 config["loss"] = "auto"
+            if self.fuses_head_and_loss:
                 has_metrics = bool(self.token_metrics.metrics)
                 config["weighted_metrics"] = "auto" if has_metrics else None
             config = CompileArguments.serialize(config)
@@ -608,9 +710,14 @@ class BwETAFCausalLM(CausalLM):
         )
         stop_strings = _as_stop_strings(stop_strings)
         if hasattr(inputs, "as_numpy_iterator"):  # A tf.data.Dataset.
+            batches = list(inputs.as_numpy_iterator())
             return _concatenate(
-                self._generate(batch, strip_prompt, stop_strings, options)
-                for batch in inputs.as_numpy_iterator()
+                self._generate(
+                    batch, strip_prompt, stop_strings, {**options, "seed": seed}
+                )
+                for batch, seed in zip(
+                    batches, _seeds_of_batches(seed, batches), strict=True
+                )
             )
         return self._generate(inputs, strip_prompt, stop_strings, options)
 
@@ -839,38 +946,6 @@ class BwETAFCausalLM(CausalLM):
         return SamplingSettings.of(sampler, _seeds(seed, num_rows))
 
 
-def _num_rows(x):
-    """How many, `None` for a data set, whose batches stay as they are."""
-    leaf = next(iter(x.values())) if isinstance(x, dict) else x
-    is_array = isinstance(leaf, (list, tuple)) or hasattr(leaf, "__array__")
-    return len(leaf) if is_array else None
-
-
-def _fill_up(x, *labels):
-    """Adds rows that weigh nothing, until they divide over the devices.
-
-    Args:
-        x: Strings, arrays, or a data set.
-        *labels: arrays, or `None`.
-
-    Returns:
-        tuple of them.
-    """
-    missing = -(_num_rows(x) or 0) % num_row_groups()
-
-    def fill(x):
-        if isinstance(x, dict):
-            return {name: fill(each) for name, each in x.items()}
-        if x is None or not missing:
-            return x
-        x = np.asarray(x)
-        if x.dtype.kind in "OUS":
-            return [*x.tolist(), *[type(x[0])()] * missing]
-        return np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-
-    return tuple(fill(each) for each in (x, *labels))
-
-
 def _is_auto(value):
     return isinstance(value, str) and value == "auto"
 
@@ -904,6 +979,18 @@ def _seeds(seed, num_rows):
             f"prompts. Received: seed={seed}"
         )
     return [checked_seed(value) for value in seeds]
+
+
+def _seeds_of_batches(seed, batches):
+    """The argument `seed` for each batch of prompts."""
+    if np.ndim(seed) == 0:
+        return [seed] * len(batches)
+    sizes = [
+        len(batch["token_ids"]) if isinstance(batch, dict) else np.size(batch)
+        for batch in batches
+    ]
+    seeds = iter(_seeds(seed, sum(sizes)))
+    return [list(itertools.islice(seeds, size)) for size in sizes]
 
 
 def _concatenate(batches):

@@ -9,11 +9,8 @@ import keras
 import numpy as np
 
 from keras_bwetaf.checks import positive_int
-from keras_bwetaf.training.train_step import (
-    nonzero,
-    token_batch,
-    token_losses,
-)
+from keras_bwetaf.training.loss import nonzero
+from keras_bwetaf.training.train_step import token_batch, token_losses
 
 VANISHING = 1e-6
 EXPLODING = 1e2
@@ -87,10 +84,10 @@ def gradient_statistics(lm, batch, vanishing=VANISHING, exploding=EXPLODING):
     @jax.jit
     def measure(trainable, non_trainable, batch):
         def loss_fn(trainable):
-            (loss, _, _), _ = token_losses(
+            (loss, _, _), penalty, _ = token_losses(
                 lm, trainable, non_trainable, batch, training=True
             )
-            return loss / nonzero(jnp.sum(batch["weights"]))
+            return loss / nonzero(jnp.sum(batch["weights"])) + penalty
 
         gradients = jax.grad(loss_fn)(trainable)
         return _measure(gradients, vanishing, exploding)
@@ -176,7 +173,7 @@ def rank_rows(lm, dataset, batch_size=8):
     @jax.jit
     def row_losses(trainable, non_trainable, x):
         batch = token_batch(x)
-        (_, losses, _), _ = token_losses(
+        (_, losses, _), _, _ = token_losses(
             lm, trainable, non_trainable, batch, training=False
         )
         weights = batch["weights"]

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-IGNORED = -1  # A target that is not learned.
+IGNORED = -1  # A target that is not learned, as every negative one.
 NUM_CHUNKS = 8
 
 
@@ -19,8 +19,8 @@ def targets_and_weights(x, y=None, sample_weight=None):
     Args:
         x: dict of `"token_ids"` and `"padding_mask"`, int arrays
             `(batch, length)`. The mask is 0 for padding.
-        y: int array `(batch, length)`, or `None`. The tokens to predict; -1
-            is ignored.
+        y: int array `(batch, length)`, or `None`. The tokens to predict;
+            negative ones, such as -1 and -100, are ignored.
         sample_weight: float array `(batch, length)` or `(batch,)`, or `None`.
             How much the prediction made at each position counts.
 
@@ -45,7 +45,7 @@ def targets_and_weights(x, y=None, sample_weight=None):
     else:
         targets = jnp.asarray(y, "int32")
         _check_shape("y", targets, token_ids)
-    weights = (is_real & (targets != IGNORED)).astype("float32")
+    weights = (is_real & (targets >= 0)).astype("float32")
     if sample_weight is not None:
         sample_weight = jnp.asarray(sample_weight, "float32")
         if sample_weight.ndim == 1:
@@ -53,6 +53,29 @@ def targets_and_weights(x, y=None, sample_weight=None):
         _check_shape("sample_weight", sample_weight, token_ids)
         weights *= sample_weight
     return targets, weights
+
+
+def mean_loss(logits, x, y=None, sample_weight=None):
+    """The mean cross-entropy of logits over the tokens that count.
+
+    Args:
+        logits: float array `(batch, length, vocabulary_size)`.
+        x, y, sample_weight: See `targets_and_weights`.
+
+    Returns:
+        float32 scalar, 0 if no token counts.
+
+    Raises:
+        ValueError: As `targets_and_weights` does.
+    """
+    targets, weights = targets_and_weights(x, y, sample_weight)
+    total, _, _ = cross_entropy(logits, targets, weights)
+    return total / nonzero(jnp.sum(weights))
+
+
+def nonzero(num_tokens):
+    """A divisor: a batch without tokens has a mean of 0, and not 0 / 0."""
+    return jnp.where(num_tokens > 0, num_tokens, 1.0)
 
 
 def _next(x, last):

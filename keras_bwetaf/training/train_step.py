@@ -13,6 +13,7 @@ from keras_bwetaf.layers.sharding import whole_over_rows
 from keras_bwetaf.training.loss import (
     cross_entropy,
     head_cross_entropy,
+    nonzero,
     targets_and_weights,
 )
 
@@ -20,7 +21,7 @@ from keras_bwetaf.training.loss import (
 # are. Metrics are means since the beginning of the epoch.
 STEP_VALUES = "step_values"
 STEP_VALUE_NAMES = (
-    "loss",  # Mean over the tokens of the step.
+    "loss",  # Mean over the tokens of the step, without `model.losses`.
     "gradient_norm",  # Of all gradients together, before they are clipped.
     "learning_rate",
     "num_tokens",  # That count in the loss.
@@ -58,6 +59,7 @@ def train_step(model, state, data):
     With `model.gradient_accumulation_steps`, the rows of the batch are worked
     on in as many parts, one after the other. Their gradients add up to that
     of the mean over all tokens, however these are spread over the parts.
+    What is in `model.losses`, such as a regularizer's, is added to the mean.
 
     Args:
         model: `BwETAFCausalLM`, compiled with its own loss.
@@ -79,7 +81,9 @@ def train_step(model, state, data):
         sums, non_trainable = _sums(
             model, trainable, non_trainable, batch, training=True
         )
-        loss = sums["loss"] / nonzero(num_tokens)
+        # The penalty of the batch is the mean of those of its parts.
+        sums["penalty"] /= model.gradient_accumulation_steps
+        loss = sums["loss"] / nonzero(num_tokens) + sums["penalty"]
         mapping = zip(
             model.optimizer.variables, optimizer_variables, strict=True
         )
@@ -167,10 +171,11 @@ def _sums(model, trainable, non_trainable, batch, training):
     """Sums over the tokens of a batch, each times its weight.
 
     Returns:
-        Tuple of a dict of float scalars, `"loss"`, `"correct"` and
-        `"weight"`, and the new non-trainable variables.
+        Tuple of a dict of float scalars, `"loss"`, `"correct"`, `"weight"`
+        and the `"penalty"`, which is no sum over tokens, and the new
+        non-trainable variables.
     """
-    (loss, _, is_correct), non_trainable = token_losses(
+    (loss, _, is_correct), penalty, non_trainable = token_losses(
         model, trainable, non_trainable, batch, training
     )
     weights = batch["weights"]
@@ -178,6 +183,7 @@ def _sums(model, trainable, non_trainable, batch, training):
         "loss": loss,
         "correct": jnp.sum(is_correct * weights),
         "weight": jnp.sum(weights),
+        "penalty": penalty,
     }
     return sums, non_trainable
 
@@ -193,7 +199,8 @@ def token_losses(model, trainable, non_trainable, batch, training):
         training: bool. Whether there is dropout.
 
     Returns:
-        Tuple of what `head_cross_entropy` returns, and the new non-trainable
+        Tuple of what `head_cross_entropy` returns; the penalty, a float
+        scalar, the sum of `model.losses`; and the new non-trainable
         variables.
     """
     variables = model.trainable_variables + model.non_trainable_variables
@@ -201,7 +208,9 @@ def token_losses(model, trainable, non_trainable, batch, training):
     mapping = list(zip(variables, values, strict=True))
     inputs = {name: batch[name] for name in ("token_ids", "padding_mask")}
     targets, weights = batch["targets"], batch["weights"]
-    with keras.StatelessScope(state_mapping=mapping) as scope:
+    with keras.StatelessScope(
+        state_mapping=mapping, collect_losses=True
+    ) as scope:
         hidden_states = model.backbone(inputs, training=training)
         embedding = model.backbone.token_embedding
         if embedding.quantization_mode is None:
@@ -209,6 +218,7 @@ def token_losses(model, trainable, non_trainable, batch, training):
             losses = head_cross_entropy(hidden_states, table, targets, weights)
         else:  # There is no table of floats.
             losses = cross_entropy(model.head(hidden_states), targets, weights)
+        penalty = sum(map(jnp.sum, model.losses), jnp.zeros(()))
     whole = values[len(trainable) :]
     changed = map(scope.get_current_value, model.non_trainable_variables)
     non_trainable = [
@@ -217,7 +227,7 @@ def token_losses(model, trainable, non_trainable, batch, training):
             non_trainable, whole, changed, strict=True
         )
     ]
-    return losses, non_trainable
+    return losses, penalty, non_trainable
 
 
 def _accumulate(gradient_fn, trainable, non_trainable, batch, num_parts):
@@ -248,7 +258,7 @@ def _accumulate(gradient_fn, trainable, non_trainable, batch, num_parts):
 
     zeros = (
         [jnp.zeros(value.shape, "float32") for value in trainable],
-        {name: jnp.zeros(()) for name in ("loss", "correct", "weight")},
+        dict.fromkeys(("loss", "correct", "weight", "penalty"), jnp.zeros(())),
     )
     ((gradients, sums), non_trainable), _ = jax.lax.scan(
         step, (zeros, non_trainable), _parts(batch, num_parts)
@@ -282,7 +292,9 @@ def _update_metrics(model, metrics_variables, sums):
     accuracy = sums["correct"] / nonzero(num_tokens)
     mapping = zip(model.metrics_variables, metrics_variables, strict=True)
     with keras.StatelessScope(state_mapping=list(mapping)) as scope:
-        model._loss_tracker.update_state(loss, sample_weight=num_tokens)
+        model._loss_tracker.update_state(
+            loss + sums["penalty"], sample_weight=num_tokens
+        )
         model.token_metrics.update(loss, accuracy, num_tokens)
         logs = model.get_metrics_result()
     return logs, [
@@ -316,8 +328,3 @@ def _step_values(model, optimizer_variables, batch, sums, gradients):
     return jnp.stack(
         [jnp.asarray(values[name], "float32") for name in STEP_VALUE_NAMES]
     )
-
-
-def nonzero(num_tokens):
-    """A divisor: a batch without tokens has a mean of 0, and not 0 / 0."""
-    return jnp.where(num_tokens > 0, num_tokens, 1.0)

@@ -345,6 +345,14 @@ def test_tf_dataset(lm):
     assert lm.generate(tf.constant(PROMPTS), **arguments) == lm.generate(
         PROMPTS, **arguments
     )
+    # A seed for each prompt, and not for each of a batch.
+    assert len(PROMPTS) % 2
+    arguments = dict(max_new_tokens=10, seed=[*range(len(PROMPTS))])
+    assert lm.generate(dataset, **arguments) == lm.generate(
+        PROMPTS, **arguments
+    )
+    with pytest.raises(ValueError, match=f"of the {len(PROMPTS)} prompts"):
+        lm.generate(dataset, max_new_tokens=10, seed=[1, 2])
 
 
 def test_truncation(lm):

@@ -170,6 +170,7 @@ def our_losses(dtype, seed, num_steps):
         batch_size=2,
         epochs=num_steps,
         steps_per_epoch=1,
+        shuffle=False,
         verbose=0,
     )
     return np.array(history.history["loss"])
@@ -472,7 +473,7 @@ def test_grain_data_of_packed_rows():
     ]
     lm, other = (make_lm(keras.optimizers.SGD(0.1)) for _ in range(2))
     history = lm.fit(grain.MapDataset.source(batches), verbose=0).history
-    expected = other.fit(x, batch_size=2, verbose=0).history
+    expected = other.fit(x, batch_size=2, shuffle=False, verbose=0).history
     assert history == expected
     assert set(history) == {"loss", "accuracy", "perplexity"}
     assert history["loss"][0] > 0
@@ -503,9 +504,7 @@ def test_packed_rows_beside_a_preprocessor():
 def test_own_loss_and_metrics_see_logits():
     """And compiling anew goes back."""
     x = uneven()
-    y = np.roll(x["token_ids"], -1, axis=1)
-    weights = (np.roll(x["padding_mask"], -1, axis=1) > 0).astype("float32")
-    weights[:, -1] = 0
+    y, weights = next_token(x)
     expected, _ = step(without_rounding(make_lm()), x, y, weights)
 
     lm = make_lm(weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()])
@@ -526,6 +525,101 @@ def test_own_loss_and_metrics_see_logits():
     assert set(step(lm, x)[1]) == {"loss", "accuracy", "perplexity"}
     lm.compile(keras.optimizers.SGD(0.1), weighted_metrics=None)
     assert set(step(lm, x)[1]) == {"loss"}
+
+
+def next_token(x):
+    """Labels and weights that stand for none."""
+    weights = (np.roll(x["padding_mask"], -1, axis=1) > 0).astype("float32")
+    weights[:, -1] = 0
+    return np.roll(x["token_ids"], -1, axis=1), weights
+
+
+def regularized(**arguments):
+    """A model of which two weights have a regularizer."""
+    lm = without_rounding(make_lm(**arguments))
+    for block in lm.backbone.transformer_layers:
+        block.attention.query.kernel.regularizer = keras.regularizers.L2(0.1)
+    return lm
+
+
+OF_KERAS = keras.losses.SparseCategoricalCrossentropy(
+    from_logits=True, reduction="mean_with_sample_weight"
+)
+
+
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_regularizers_count_as_in_keras(parts):
+    """Once in a step, whatever its parts; perplexity is that of the tokens."""
+    x = uneven()
+    labels = next_token(x)
+    theirs = regularized(loss=OF_KERAS, weighted_metrics=None)
+    expected, expected_logs = step(theirs, x, *labels)
+    lm = regularized(gradient_accumulation_steps=parts)
+    received, logs = step(lm, x)
+    assert_close(received, expected, 1e-5)
+    penalty = float(sum(lm.losses))
+    assert penalty > 0.1
+    assert logs["loss"] == pytest.approx(expected_logs["loss"], rel=1e-5)
+    assert math.log(logs["perplexity"]) == pytest.approx(
+        logs["loss"] - penalty, rel=1e-5
+    )
+    evaluated = lm.evaluate(x, batch_size=4, verbose=0, return_dict=True)
+    assert evaluated["loss"] == pytest.approx(expected_logs["loss"], rel=1e-5)
+
+
+def test_a_training_loop_of_ones_own():
+    """As in Keras's guide for JAX: `stateless_compute_loss` has a gradient."""
+    x = uneven()
+    lm = without_rounding(make_lm())
+    expected, logs = step(lm, x)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_of(trainable):
+        logits, non_trainable = lm.stateless_call(
+            trainable, lm.non_trainable_variables, x, training=True
+        )
+        return lm.stateless_compute_loss(
+            trainable, non_trainable, lm.metrics_variables, x=x, y_pred=logits
+        )[0]
+
+    loss, gradients = loss_of([v.value for v in lm.trainable_variables])
+    assert float(loss) == pytest.approx(logs["loss"], rel=1e-6)
+    assert_close([-1e5 * np.asarray(g) for g in gradients], expected, 1e-5)
+
+
+def test_the_loss_of_logits():
+    """Of the default loss, and of one that was compiled."""
+    x = uneven()
+    labels, weights = next_token(x)
+    logits = np.random.default_rng(0).normal(size=(*labels.shape, 64))
+    expected = float(OF_KERAS(labels, logits, weights))
+    lm = make_lm()
+    ignored = np.where(weights > 0, labels, -100)
+    for given in ((labels, weights), (None, None), (ignored, None)):
+        received = float(lm.compute_loss(x, given[0], logits, given[1]))
+        assert received == pytest.approx(expected, rel=1e-6)
+    lm.compile(loss=OF_KERAS)
+    received = float(lm.compute_loss(x, labels, logits, weights))
+    assert received == pytest.approx(expected, rel=1e-6)
+
+
+def test_own_metrics_count_what_the_loss_counts():
+    """Not padding, and not labels that are ignored."""
+    x = uneven()
+    lm = make_lm(
+        keras.optimizers.SGD(0.0),
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")],
+    )
+    expected = make_lm().evaluate(x, verbose=0, return_dict=True)
+    labels, weights = next_token(x)
+    for data in ((None, None), (np.where(weights > 0, labels, -100), None)):
+        received = lm.test_on_batch(x, *data, return_dict=True)
+        for name, value in received.items():
+            assert value == pytest.approx(expected[name], rel=1e-5)
+    again = type(lm).from_config(lm.get_config())
+    again.compile_from_config(lm.get_compile_config())
+    assert again.has_default_loss and not again.fuses_head_and_loss
 
 
 def test_lora():

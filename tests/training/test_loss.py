@@ -126,7 +126,7 @@ def test_labels_and_weights():
         "token_ids": np.ones((2, 4), "int32"),
         "padding_mask": np.array([[1, 1, 1, 0], [1, 1, 1, 1]]),
     }
-    y = np.array([[2, -1, 4, 5], [2, 3, -1, 5]])
+    y = np.array([[2, -1, 4, 5], [2, 3, -100, 5]])
     targets, weights = targets_and_weights(x, y, np.array([0.5, 2.0]))
     np.testing.assert_array_equal(targets, y)
     np.testing.assert_array_equal(weights, [[0.5, 0, 0.5, 0], [2, 2, 0, 2]])
