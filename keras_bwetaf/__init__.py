@@ -17,6 +17,7 @@ from keras_bwetaf.presets import from_preset, list_presets
 from keras_bwetaf.processes import initialize, is_first_process
 from keras_bwetaf.training import recipe
 from keras_bwetaf.training.run import train
+from keras_bwetaf.upload import upload_preset
 
 __version__ = version("keras-bwetaf")
 
@@ -38,4 +39,5 @@ __all__ = [
     "train",
     "train_tokenizer",
     "training",
+    "upload_preset",
 ]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 
 from keras_bwetaf.generation import sampling
 from keras_bwetaf.layers.sharding import by_row, on_every_device
@@ -89,7 +90,11 @@ class Decoder:
             `GenerationState`.
         """
         state, random_state = self._decode(
-            self._values(), state, settings, num_steps, self._random_state()
+            self._values(),
+            state,
+            settings,
+            np.int32(num_steps),
+            self._random_state(),
         )
         self._keep(random_state)
         return state

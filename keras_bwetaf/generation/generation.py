@@ -1,5 +1,6 @@
 """The host's half of generation: prompts in, new tokens out."""
 
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -63,11 +64,13 @@ def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
             f"truncation={truncation!r}"
         )
     if max_new_tokens is not None:
-        _check_length("max_new_tokens", max_new_tokens, 1, context - 1)
+        max_new_tokens = _checked_length(
+            "max_new_tokens", max_new_tokens, 1, context - 1
+        )
         room = context - max_new_tokens
         wanted = f"{max_new_tokens} new tokens in a context of {context}"
     else:
-        _check_length("max_length", max_length, 2, context)
+        max_length = _checked_length("max_length", max_length, 2, context)
         room = max_length - 1
         wanted = f"a new token in a max_length of {max_length}"
 
@@ -86,12 +89,13 @@ def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
     return prompts, limits, max_new_tokens or max_length - shortest
 
 
-def _check_length(name, value, smallest, largest):
+def _checked_length(name, value, smallest, largest):
     if not is_int(value) or not smallest <= value <= largest:
         raise ValueError(
             f"`{name}` must be an int from {smallest} to {largest}, as the "
             f"model's context allows. Received: {name}={value!r}"
         )
+    return operator.index(value)
 
 
 def generate_tokens(decoder, request, tokens_per_dispatch, finished):
@@ -138,6 +142,7 @@ def generate_tokens(decoder, request, tokens_per_dispatch, finished):
         },
         settings,
     )
+    num_steps = min(tokens_per_dispatch, longest)
     num_shown = 0
     while True:
         num_tokens = int(state.num_tokens)
@@ -157,6 +162,4 @@ def generate_tokens(decoder, request, tokens_per_dispatch, finished):
         if finished.all():
             return
         done = np.pad(finished, (0, num_padding), constant_values=True)
-        state = decoder.decode(
-            state._replace(done=done), settings, tokens_per_dispatch
-        )
+        state = decoder.decode(state._replace(done=done), settings, num_steps)

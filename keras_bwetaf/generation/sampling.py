@@ -10,6 +10,12 @@ import numpy as np
 
 from keras_bwetaf.checks import checked_number, checked_seed
 
+# Whatever generator JAX's settings name: the others draw other numbers for a
+# row in a batch than for the same row alone.
+GENERATOR = "threefry2x32"
+SMALLEST = float(np.finfo("float32").tiny)
+LARGEST = float(np.finfo("float32").max)
+
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
 class BwETAFSampler(keras_hub.samplers.Sampler):
@@ -82,8 +88,8 @@ class BwETAFSampler(keras_hub.samplers.Sampler):
         self.repetition_penalty = checked_number(
             "repetition_penalty",
             repetition_penalty,
-            lambda x: x > 0,
-            "above 0",
+            lambda x: SMALLEST <= x <= LARGEST,
+            "above 0, and a float32",
         )
         self.seed = None if seed is None else checked_seed(seed)
 
@@ -158,8 +164,9 @@ class SamplingSettings(NamedTuple):
     @classmethod
     def of(cls, sampler, seeds):
         return cls(
-            temperature=np.float32(sampler.temperature),
-            top_k=np.int32(sampler.top_k),
+            temperature=np.float32(min(sampler.temperature, LARGEST)),
+            # More than any vocabulary has is all of it.
+            top_k=np.int32(min(sampler.top_k, np.iinfo("int32").max)),
             top_p=np.float32(sampler.top_p),
             min_p=np.float32(sampler.min_p),
             repetition_penalty=np.float32(sampler.repetition_penalty),
@@ -193,10 +200,12 @@ def next_token(logits, seen, positions, settings):
         kept = filter_weights(weights, settings)
 
         def draw(seed, position, row):
-            key = jax.random.fold_in(jax.random.key(seed), position)
+            key = jax.random.key(seed, impl=GENERATOR)
+            key = jax.random.fold_in(key, position)
             return jax.random.categorical(key, row)
 
-        return jax.vmap(draw)(settings.seeds, positions, jnp.log(kept))
+        with jax.threefry_partitionable(True):
+            return jax.vmap(draw)(settings.seeds, positions, jnp.log(kept))
 
     token = jax.lax.cond(settings.temperature > 0, sample, greedy)
     return token.astype("int32")

@@ -53,7 +53,7 @@ def document_attention(query, key, value, padding_mask, keep_weights=True):
         key: float array `(batch, length, heads, head_dim)`.
         value: float array, as `key`.
         padding_mask: int array `(batch, length)`, document numbers as in
-            `document_mask`.
+            `document_mask`. `None` for one document in each row.
         keep_weights: bool. Whether to keep a weight for each pair of tokens
             for the gradient, or to compute it a second time. Only the plain
             kernel can keep them.
@@ -62,9 +62,17 @@ def document_attention(query, key, value, padding_mask, keep_weights=True):
         float array of the shape and dtype of `query`. Where `padding_mask` is
         0 it is finite, and has no meaning.
     """
-    name = chosen_attention(query.shape[1], query.dtype, query.shape[3])
+    batch_size, length, _, head_dim = query.shape
+    name = chosen_attention(length, query.dtype, head_dim)
     query, key, value = split_heads(query, key, value)
+    if padding_mask is None:
+        padding_mask = jnp.ones((batch_size, length), "int32")
     padding_mask = jnp.asarray(padding_mask)
+    if not isinstance(length, int):
+        # An exported program may not know that this is the mask's length, too.
+        padding_mask = jnp.take(
+            padding_mask, jnp.arange(length), axis=1, mode="clip"
+        )
     with jax.named_scope(f"{name}_attention"):
         if name == "splash":
             return splash_attention(query, key, value, padding_mask)
@@ -78,11 +86,12 @@ def chosen_attention(length, dtype, head_dim=64):
 
     It depends on the devices that a program is made for: those of the current
     `keras.distribution`, or else JAX's default device. `attention_kernel` and
-    `keras.config.disable_flash_attention()` overrule it. A compiled program
+    `keras.config.disable_flash_attention()` overrule it. A program that is
+    exported for rows of any length has the plain one. A compiled program
     carries the name in the scope of its operations.
 
     Args:
-        length: int. Of the rows.
+        length: int, or a symbolic dimension of `jax.export`. Of the rows.
         dtype: str. Of queries, keys and values.
         head_dim: int.
 
@@ -95,6 +104,8 @@ def chosen_attention(length, dtype, head_dim=64):
     keras_bwetaf.layers.chosen_attention(2048, "bfloat16")
     ```
     """
+    if not isinstance(length, int):
+        return "plain"
     override = _override.get()
     if override is not None:
         return override
@@ -176,27 +187,35 @@ def plain_attention(query, key, value, padding_mask, keep_weights=True):
     )  # (b, q, n, g, h), see below
     query = jnp.transpose(query, (0, 2, 3, 1, 4))  # (b, n, g, q, h)
     key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-    num_chunks = MOST_CHUNKS if keep_weights else MOST_RECOMPUTED_CHUNKS
-    chunk_length = SMALLEST_CHUNK * math.ceil(
-        length / (num_chunks * SMALLEST_CHUNK)
-    )
-    attended = []
-    for start in range(0, length, chunk_length):
-        stop = min(start + chunk_length, length)
-        attended.append(
-            _attend(
-                query[:, :, :, start:stop],
-                key[:, :, :stop],
-                value[:, :, :stop],
-                padding_mask[:, :stop],
-                keep_weights,
-            )
+    attended = [
+        _attend(
+            query[:, :, :, start:stop],
+            key[:, :, :stop],
+            value[:, :, :stop],
+            padding_mask[:, :stop],
+            keep_weights,
         )
+        for start, stop in _chunks(length, keep_weights)
+    ]
     attended = jnp.concatenate(attended, axis=3)
     attended = jnp.transpose(attended, (0, 3, 1, 2, 4))  # (b, q, n, g, h)
     return jnp.reshape(
         attended, (batch_size, length, num_query_heads, head_dim)
     )
+
+
+def _chunks(length, keep_weights):
+    """Where the plain kernel's chunks of queries begin and end."""
+    if not isinstance(length, int):
+        return [(0, length)]  # How many there are is not known.
+    num_chunks = MOST_CHUNKS if keep_weights else MOST_RECOMPUTED_CHUNKS
+    chunk_length = SMALLEST_CHUNK * math.ceil(
+        length / (num_chunks * SMALLEST_CHUNK)
+    )
+    return [
+        (start, min(start + chunk_length, length))
+        for start in range(0, length, chunk_length)
+    ]
 
 
 # === A chunk of the plain kernel ===

@@ -85,5 +85,11 @@ class _Dense(keras.layers.EinsumDense):
                 "A layer with LoRA cannot be quantized. Call `merge_lora()` "
                 f"of the backbone first. Received: mode={mode!r}"
             )
+        if mode in ("gptq", "awq"):
+            raise ValueError(
+                "Keras's GPTQ and AWQ take the first axis of a kernel for "
+                "its inputs. Kernels are (units, inputs) here. Use 'int8' or "
+                f"'int4'. Received: mode={mode!r}"
+            )
         # Keras refuses subclasses, whose computation may be another one.
         super().quantize(mode, type_check=False, config=config)

@@ -36,7 +36,7 @@ class GroupedQueryAttention(keras.layers.Layer):
     Call arguments:
         hidden_states: float tensor `(batch, length, hidden_dim)`.
         padding_mask: int tensor `(batch, length)`, document numbers as in
-            `attention.document_mask`. Needed without `attention_mask`.
+            `attention.document_mask`. Defaults to one document in each row.
         positions: int tensor `(batch, length)`. Defaults to 0, 1, 2, ...
         cache: `(key, value)`, each `(batch * num_key_value_heads, slots,
             head_dim)`, in which a device's rows and heads are together. The

@@ -228,12 +228,41 @@ class BwETAFBackbone(LoraBackbone):
                 ),
             }
         )
+        quantizers = {
+            layer.path: keras.quantizers.serialize(layer.inputs_quantizer)
+            for layer in self._layers_of_quantized_inputs()
+        }
+        if quantizers:
+            config["inputs_quantizers"] = quantizers
         return config
 
     def quantize(self, mode=None, **kwargs):
         """Quantizes the weights. See `keras.Model.quantize`."""
         with only_what_can_be():
             super().quantize(mode, **kwargs)
+
+    @classmethod
+    def from_config(cls, config):
+        """Makes a backbone; quantized layers get their inputs' quantizers.
+
+        Keras saves these in no preset, and makes others than `quantize` did.
+        """
+        config = dict(config)
+        quantizers = config.pop("inputs_quantizers", {})
+        backbone = super().from_config(config)
+        for layer in backbone._layers_of_quantized_inputs():
+            if layer.path in quantizers:
+                layer.inputs_quantizer = keras.quantizers.get(
+                    quantizers[layer.path]
+                )
+        return backbone
+
+    def _layers_of_quantized_inputs(self):
+        return [
+            layer
+            for layer in self._flatten_layers()
+            if hasattr(layer, "inputs_quantizer")
+        ]
 
     @staticmethod
     def get_layout_map(

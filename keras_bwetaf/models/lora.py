@@ -20,14 +20,6 @@ from keras_bwetaf.processes import gathered, in_first_process
 SUFFIX = ".safetensors"
 METADATA = "lora_config"
 CONFIG = {"rank", "lora_alpha", "target_layer_names", "base_sha256"}
-# Kernels are `(outputs, inputs)`. As in the paper, the factor that meets the
-# inputs starts at random, by their number, and the other one at zero.
-KERNEL_INITIALIZERS = {
-    "a_initializer": "zeros",
-    "b_initializer": keras.initializers.VarianceScaling(
-        scale=2.0, mode="fan_out", distribution="uniform"
-    ),
-}
 
 
 class LoraBackbone(Backbone):
@@ -47,7 +39,8 @@ class LoraBackbone(Backbone):
         """Freezes all weights, and adds trainable factors to some.
 
         The model computes the same as before, until it is trained. Compile
-        it afterwards.
+        it afterwards. One factor of each pair starts at random, by the seed
+        of `keras.utils.set_random_seed`.
 
         Args:
             rank: int. The width of the factors.
@@ -95,11 +88,8 @@ class LoraBackbone(Backbone):
         for weight in self.weights:
             weight.trainable = False
         for layer in layers:
-            is_kernel = _weight_name(layer) == "kernel"
             layer.enable_lora(
-                rank,
-                lora_alpha=lora_alpha,
-                **KERNEL_INITIALIZERS if is_kernel else {},
+                rank, lora_alpha=lora_alpha, **_initializers(layer)
             )
 
     def merge_lora(self):
@@ -308,6 +298,22 @@ def _weight_and_factors(layer):
 def _weight_name(layer):
     is_embedding = isinstance(layer, keras.layers.Embedding)
     return "embeddings" if is_embedding else "kernel"
+
+
+def _initializers(layer):
+    """Those of a layer's factors, made for it alone.
+
+    An initializer draws its seed when it is made, and with that the same
+    numbers for every layer. As in the paper, the factor that meets the inputs
+    starts at random, by their number, and the other one at zero.
+    """
+    if _weight_name(layer) == "embeddings":
+        return {}  # Keras's are these.
+    at_random = keras.initializers.VarianceScaling(
+        scale=2.0, mode="fan_out", distribution="uniform"
+    )
+    # Kernels are `(outputs, inputs)`.
+    return {"a_initializer": "zeros", "b_initializer": at_random}
 
 
 def _factors(backbone):

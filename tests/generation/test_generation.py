@@ -107,7 +107,9 @@ def test_padded_equals_unpadded(lm):
     assert both[0] == lm.generate(PROMPT, max_new_tokens=40, seed=5)
 
 
-@pytest.mark.parametrize("tokens_per_dispatch", [1, 3, 8, 100])
+@pytest.mark.parametrize(
+    "tokens_per_dispatch", [1, 3, 8, 100, 2**31 - 1, 10**30]
+)
 def test_streamed_equals_generated(lm, tokens_per_dispatch):
     for prompt in PROMPTS:
         arguments = dict(max_new_tokens=50, seed=3, temperature=1.5)
@@ -157,6 +159,15 @@ def test_second_call_compiles_nothing(fresh_lm):
     lm.generate(PROMPT, max_new_tokens=20, stop_token_ids=[1, 2, 3])
     lm.generate(PROMPT, max_new_tokens=20, stop_strings=["xyz"])
     list(lm.stream(PROMPT, max_new_tokens=20, min_p=0.1))
+    for kind in (int, np.int64, np.uint8, jnp.int32):
+        for _ in lm.stream(
+            PROMPT,
+            max_new_tokens=kind(20),
+            tokens_per_dispatch=kind(3),
+            seed=kind(1),
+            temperature=jnp.float32(0.5),
+        ):
+            pass
     assert lm.generate_function is decoder
     sizes = decoder._prefill._cache_size(), decoder._decode._cache_size()
     assert sizes == (1, 1)

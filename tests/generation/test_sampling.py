@@ -1,4 +1,5 @@
 import inspect
+import json
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def test_top_p_keeps_what_sorting_keeps(top_p):
     np.testing.assert_array_equal(kept, sorted_top_p(weights, top_p))
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 50, 999, 1000, 5000])
+@pytest.mark.parametrize("top_k", [1, 2, 50, 999, 1000, 2**31, 1e30])
 def test_top_k_keeps_the_k_largest(top_k):
     weights = random_weights()
     kept = np.asarray(filter_weights(weights, settings(top_k=top_k)))
@@ -147,6 +148,28 @@ def test_randomness_depends_on_seed_and_position_alone():
     assert alone[0] == chosen[3]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        jax.default_prng_impl("rbg"),
+        jax.default_prng_impl("unsafe_rbg"),
+        jax.threefry_partitionable(False),
+    ],
+    ids=["rbg", "unsafe_rbg", "not partitionable"],
+)
+def test_settings_of_jax_change_no_choice(setting):
+    arguments = (
+        jnp.zeros((4, VOCABULARY)),
+        jnp.zeros((4, VOCABULARY), "bool"),
+        jnp.arange(4),
+        settings(seeds=[1, 2, 3, 3]),
+    )
+    expected = next_token(*arguments)
+    with setting:
+        received = jax.jit(lambda *x: next_token(*x))(*arguments)
+    np.testing.assert_array_equal(received, expected)
+
+
 def test_no_value_is_compiled_in():
     function = jax.jit(next_token)
     weights = random_weights(1)
@@ -158,6 +181,30 @@ def test_no_value_is_compiled_in():
             settings(**arguments),
         )
     assert function._cache_size() == 1
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.array, jnp.float32])
+def test_numbers_of_numpy_and_jax(kind):
+    values = dict(temperature=0.5, top_p=0.25, repetition_penalty=2.0)
+    sampler = BwETAFSampler(
+        **{name: kind(value) for name, value in values.items()},
+        top_k=np.int64(3),
+        seed=np.uint32(4),
+    )
+    values = {**values, "top_k": 3, "min_p": 0.0, "seed": 4}
+    assert json.loads(json.dumps(sampler.get_config())) == values
+
+
+@pytest.mark.parametrize("temperature", [1e39, 1e400, np.inf])
+def test_the_highest_temperatures_make_all_tokens_alike(temperature):
+    count = 1000
+    tokens = next_token(
+        jnp.tile(jnp.array([5.0, -5.0]), (count, 1)),
+        jnp.zeros((count, 2), "bool"),
+        jnp.zeros(count, "int32"),
+        settings(seeds=np.arange(count), temperature=temperature),
+    )
+    assert 0.4 < np.mean(tokens) < 0.6
 
 
 def test_config_holds_every_argument():
@@ -220,6 +267,12 @@ def test_samplers_that_need_more_than_probabilities(name):
         ({"top_k": float("inf")}, "`top_k` must be an int"),
         ({"top_p": 0}, "`top_p` must be above 0 and at most 1"),
         ({"top_p": 1.1}, "`top_p` must be above 0"),
+        ({"top_k": float("nan")}, "`top_k` must be an int"),
+        ({"temperature": float("nan")}, "`temperature` must be at least 0"),
+        ({"min_p": jnp.float32(2)}, "`min_p` must be between 0 and 1"),
+        ({"repetition_penalty": np.inf}, "must be above 0, and a float32.*inf"),
+        ({"repetition_penalty": 1e39}, "must be above 0, and a float32"),
+        ({"repetition_penalty": 1e-50}, "must be above 0, and a float32"),
         ({"min_p": 2}, "`min_p` must be between 0 and 1"),
         ({"repetition_penalty": 0}, "`repetition_penalty` must be above 0"),
     ],

@@ -1,5 +1,6 @@
 """Every kernel of attention against a naive one, and which one is chosen."""
 
+import contextlib
 import functools
 from types import SimpleNamespace
 
@@ -376,3 +377,58 @@ def test_the_layer_uses_the_kernel():
     is_real = DOCUMENTS > 0
     assert relative_l2(received[is_real], expected[is_real]) < 1e-6
     assert (received != expected).any()
+
+
+# === Rows of any length ===
+
+
+def make_attention():
+    layer = GroupedQueryAttention(
+        num_query_heads=NUM_HEADS,
+        num_key_value_heads=2,
+        rope_max_wavelength=10000.0,
+        rope_dtype="float32",
+        initializer_range=0.2,
+    )
+    layer.build((None, None, NUM_HEADS * HEAD_DIM))
+    return layer
+
+
+def hidden_states():
+    shape = (2, LENGTH, NUM_HEADS * HEAD_DIM)
+    return np.random.default_rng(0).standard_normal(shape, "float32")
+
+
+@pytest.mark.parametrize("kernel", ["plain", "splash", "cudnn"])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ("b, t, 64", "b, t"),
+        ("b, 201, 64", "b, 201"),
+        ("2, t, 64", "2, t"),
+        # As Keras exports a model: each input for itself.
+        ("b, t, 64", "b, u"),
+    ],
+)
+def test_export_for_rows_of_any_length(shapes, kernel):
+    layer = make_attention()
+    scope = jax.export.SymbolicScope()
+    arguments = [
+        jax.ShapeDtypeStruct(
+            jax.export.symbolic_shape(shape, scope=scope), dtype
+        )
+        for shape, dtype in zip(shapes, ("float32", "int32"), strict=True)
+    ]
+    is_long = "t" in shapes[0]
+    with attention_kernel(kernel) if is_long else contextlib.nullcontext():
+        exported = jax.export.export(jax.jit(layer))(*arguments)
+    x = hidden_states()
+    for length in (5, 130, LENGTH) if is_long else (LENGTH,):
+        received = exported.call(x[:, :length], DOCUMENTS[:, :length])
+        expected = layer(x[:, :length], DOCUMENTS[:, :length])
+        assert relative_l2(received, expected) < 1e-5
+
+
+def test_without_a_mask_a_row_is_one_document():
+    layer, x = make_attention(), hidden_states()
+    np.testing.assert_array_equal(layer(x), layer(x, np.ones(x.shape[:2], int)))

@@ -8,6 +8,7 @@ from keras_bwetaf import (
     BwETAFCausalLM,
     BwETAFCausalLMPreprocessor,
     BwETAFSampler,
+    from_preset,
     train_tokenizer,
 )
 from tests import original, parity
@@ -267,3 +268,78 @@ def test_lora_and_quantization():
     assert 0 < parity.relative_l2(quantized, logits) < 0.05
     made = lm.generate(inputs, **arguments)["token_ids"]
     np.testing.assert_array_equal(made, greedy_by_full_passes(lm, inputs))
+
+
+QUANTIZATIONS = {
+    "int8, weights": keras.quantizers.Int8QuantizationConfig(
+        activation_quantizer=None
+    ),
+    "int8, 7 bits": keras.quantizers.Int8QuantizationConfig(
+        activation_quantizer=keras.quantizers.AbsMaxQuantizer(
+            value_range=(-63, 63)
+        )
+    ),
+    "int4": keras.quantizers.Int4QuantizationConfig(),
+    "int4, rows": keras.quantizers.Int4QuantizationConfig(
+        activation_quantizer=keras.quantizers.AbsMaxQuantizer(), block_size=-1
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+@pytest.mark.filterwarnings("ignore:The model has no preprocessor")
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_quantized_models_come_back(name, tmp_path):
+    """With the same quantizers of the layers' inputs, or none."""
+    config = {**TINY, "num_layers": 1, "initializer_range": 0.5}
+    backbone = BwETAFBackbone(**config)
+    inputs = {
+        "token_ids": np.arange(1, 9)[None],
+        "padding_mask": np.ones((1, 8), "int32"),
+    }
+    backbone.quantize(config=QUANTIZATIONS[name])
+    hidden_states = backbone(inputs)
+    logits = backbone.token_embedding(hidden_states, reverse=True)
+    backbone.save_to_preset(tmp_path)
+    for again in (
+        from_preset(tmp_path).backbone,
+        BwETAFBackbone.from_config(backbone.get_config()),
+    ):
+        again.set_weights(backbone.get_weights())
+        np.testing.assert_array_equal(again(inputs), hidden_states)
+        np.testing.assert_array_equal(
+            again.token_embedding(hidden_states, reverse=True), logits
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+@pytest.mark.filterwarnings("ignore:Invalid quantization mode")
+@pytest.mark.parametrize("kind", ["GPTQ", "AWQ"])
+def test_quantization_that_needs_other_kernels(kind):
+    backbone = BwETAFBackbone(**TINY)
+    config = getattr(keras.quantizers, f"{kind}Config")(
+        dataset=["a"], tokenizer=list
+    )
+    before = backbone.get_config(), backbone.get_weights()
+    with pytest.raises(ValueError, match=f"Use 'int8'.*mode='{kind.lower()}'"):
+        backbone.quantize(config=config)
+    assert backbone.get_config() == before[0]
+    for weight, value in zip(backbone.weights, before[1], strict=True):
+        np.testing.assert_array_equal(weight, value)
+
+
+@pytest.mark.slow
+def test_saved_model_for_rows_of_any_length(tmp_path):
+    import tensorflow as tf
+
+    lm = BwETAFCausalLM(BwETAFBackbone(**{**TINY, "initializer_range": 0.5}))
+    lm.export(tmp_path, verbose=False)
+    exported = tf.saved_model.load(str(tmp_path))
+    for length in (5, 150):
+        inputs = {
+            "token_ids": np.arange(2 * length, dtype="int32") % 7 + 1,
+            "padding_mask": np.repeat(np.array([1, 2], "int32"), length),
+        }
+        inputs = {name: x.reshape(2, length) for name, x in inputs.items()}
+        received = exported.serve(inputs)
+        assert parity.relative_l2(received, lm(inputs)) < 1e-5

@@ -9,6 +9,7 @@ import converters
 import keras_bwetaf
 from keras_bwetaf import BwETAFBackbone, BwETAFCausalLM
 from tests.parity import relative_l2
+from tests.test_processes import free_address, start
 from tests.training.test_fit import PRIME, arrays, compiled_step, packed, rows
 
 ALL = [
@@ -95,6 +96,48 @@ def test_the_factor_of_the_inputs_is_random():
     limit = (6 / 32) ** 0.5
     largest = np.abs(gate.lora_kernel_b.numpy()).max()
     assert 0.9 * limit < largest <= limit
+
+
+def test_random_factors_follow_the_seed():
+    """And each has numbers of its own, as a layer's kernel has."""
+
+    def random_factors(seed):
+        lm = make_lm(seed=seed, num_layers=2)
+        lm.backbone.enable_lora(2, ALL)
+        return [x for x in values(lm.trainable_weights).values() if x.any()]
+
+    one = random_factors(seed=1)
+    assert len(one) == 2 * 7 + 1
+    shared = [x.ravel()[:32].tobytes() for x in one]
+    assert len(set(shared)) == len(one)
+    for x, again, other in zip(
+        one, random_factors(seed=1), random_factors(seed=2), strict=True
+    ):
+        np.testing.assert_array_equal(x, again)
+        assert (x != other).any()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same_factors(tmp_path):
+    address = free_address()
+    statuses, outputs = start(
+        [
+            ["tests.models.lora_in_processes", address, 2, process, tmp_path]
+            for process in range(2)
+        ],
+        tmp_path,
+    )
+    assert statuses == [0, 0], outputs
+    one, two = (dict(np.load(tmp_path / f"factors-{i}.npz")) for i in range(2))
+    assert_same(one, two)
+    lm = make_lm(num_layers=2)
+    lm.backbone.enable_lora(2, ALL)
+    for path, value in values(lm.trainable_weights).items():
+        np.testing.assert_array_equal(one[f"start {path}"], value)
+        assert (one[f"end {path}"] != value).any()
+    lm.backbone.load_lora_weights(tmp_path / "lora.safetensors")
+    for path, value in values(lm.trainable_weights).items():
+        np.testing.assert_array_equal(one[f"end {path}"], value)
 
 
 def test_a_frozen_table_costs_no_gradient():
