@@ -45,6 +45,7 @@ GENERATION_CONFIG = "generation_config.json"
 STATS = "stats.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"
 CODE = ("configuration_bwetaf.py", "modeling_bwetaf.py")
+CODE_FOLDER = Path(__file__).parent / "transformers_model"
 FILES = (
     *(CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, STATS, *CODE),
     *(
@@ -207,8 +208,7 @@ def write(
     }
     if code:
         files[CONFIG]["auto_map"] = AUTO_MAP
-        here = Path(__file__).parent / "transformers_model"
-        files |= {name: (here / name).read_bytes() for name in CODE}
+        files |= {name: (CODE_FOLDER / name).read_bytes() for name in CODE}
     write_files(folder, files)
 
     tensors = dict(checkpoint.tensors)
@@ -226,6 +226,32 @@ def write(
             stem=stem,
             max_shard_size=max_shard_size,
         )
+
+
+def code_problem(folder):
+    """What is wrong with the code of a PyTorch folder, which is never run.
+
+    Args:
+        folder: path.
+
+    Returns:
+        str, or None if it is this package's code, or there is to be none.
+    """
+    if "auto_map" not in (read_json_or_none(folder / CONFIG) or {}):
+        return None
+    others = [
+        name
+        for name in CODE
+        if read_bytes_or_none(folder / name)
+        != (CODE_FOLDER / name).read_bytes()
+    ]
+    if not others:
+        return None
+    return (
+        f"{folder}: missing or of another version: {', '.join(others)}. "
+        "transformers runs this code, and may compute something else. Bring "
+        f"it up to date: bwetaf-convert convert {folder} NEW --to torch"
+    )
 
 
 def _without_code(value):

@@ -12,6 +12,7 @@ from converters.flax_format import flatten, read_flax
 from converters.formats import detect_format, read_checkpoint
 from converters.hdf5_format import read_hdf5
 from converters.hub import local_folder
+from converters.hugging_face_folder import code_problem
 from converters.mapped import as_bytes, blocks
 from converters.safetensors_format import read_safetensors
 
@@ -46,7 +47,8 @@ def inspect(path, *, progress=None):
     """Lists the tensors of a model folder, or of one file, as they are there.
 
     A folder is listed even where it is not a whole model, or contradicts
-    itself; `"problem"` says so.
+    itself, or its code for PyTorch is of another version; `"problem"` says
+    so.
 
     Args:
         path: str or path. A model folder of any format, `"hf://owner/repo"`,
@@ -73,11 +75,13 @@ def inspect(path, *, progress=None):
     """
     folder = local_folder(path)
     if folder.is_dir():
-        layout, problem = detect_format(folder), None
+        layout = detect_format(folder)
         try:
             read_checkpoint(folder)
         except CheckpointError as error:
             problem = str(error)
+        else:
+            problem = code_problem(folder)
         weights = _matching(folder, WEIGHTS[layout])
         files = weights + _matching(folder, OPTIMIZER[layout])
     else:

@@ -25,7 +25,7 @@ class BwETAFConfig(PreTrainedConfig):
     """
 
     model_type = "bwetaf"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     # There is no plan for tensor parallelism, because the rotary embedding
     # spans the heads, and there is no final norm to keep whole.
     base_model_fsdp_plan = {

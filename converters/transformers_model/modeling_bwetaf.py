@@ -11,12 +11,18 @@ It differs from Llama in these points:
   biases. There is no final norm.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching.input_outputs import (
+    PagedAttentionArgs,
+)
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -26,6 +32,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import (
     ALL_ATTENTION_FUNCTIONS,
     PreTrainedModel,
+    slice_logits_to_keep,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -33,6 +40,36 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bwetaf import BwETAFConfig
+
+# The cache is called `cache` from transformers 5.24 on.
+CACHE_NAME = (
+    "cache"
+    if "cache" in BaseModelOutputWithPast.__dataclass_fields__
+    else "past_key_values"
+)
+# Keywords for the loss, for attention and for continuous batching.
+KEYWORDS = frozenset(
+    {
+        *TransformersKwargs.__annotations__,
+        *PagedAttentionArgs.__annotations__,
+        *inspect.signature(ForCausalLMLoss).parameters,
+    }
+)
+
+
+def round_to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds float32 numbers to those that `dtype` has, ties to even.
+
+    A compiler may drop a cast there and back, and ONNX Runtime cannot compute
+    in bfloat16. Sums of float32 numbers are rounded everywhere: where `large`
+    is added, one unit in the last place is that of `dtype`.
+    """
+    if torch.finfo(dtype).bits >= 32:
+        return x
+    shifted = x.detach() * 2.0**24
+    next_power = (shifted + x.detach()) - shifted  # of two; 0 if `x` is one
+    large = next_power * (1.5 * 2.0**22 * torch.finfo(dtype).eps)
+    return (x + large) - large
 
 
 class BwETAFRMSNorm(nn.Module):
@@ -45,11 +82,14 @@ class BwETAFRMSNorm(nn.Module):
         self.inner_dtype = inner_dtype
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.to(self.inner_dtype)
+        def rounded(x):
+            return round_to(x, self.inner_dtype)
+
+        x = rounded(hidden_states.float())
         # The mean is one step: its sum is never rounded.
-        mean_square = (x * x).mean(-1, keepdim=True, dtype=torch.float32)
-        x = x / (mean_square.to(x.dtype) + self.eps).sqrt()
-        x = x.float() * self.weight.float()
+        mean_square = rounded(rounded(x * x).mean(-1, keepdim=True))
+        rms = rounded(rounded(mean_square + self.eps).sqrt())
+        x = rounded(x / rms) * self.weight.float()
         return x.to(hidden_states.dtype)
 
 
@@ -64,13 +104,13 @@ class BwETAFRotaryEmbedding(nn.Module):
         self.width = width
         self.theta = config.rope_theta
         self.rope_dtype = config.rope_dtype
-        # As bits, for `model.to(dtype)` rounds every buffer of floats.
+        # Integers, for `model.to(dtype)` rounds every buffer of floats.
         self.register_buffer(
-            "frequency_bits", self.compute_frequency_bits(), persistent=False
+            "frequencies", self.compute_frequencies(), persistent=False
         )
 
-    def compute_frequency_bits(self) -> torch.Tensor:
-        """`theta ** (-i / half)`, as XLA computes it in float32.
+    def compute_frequencies(self) -> torch.Tensor:
+        """`theta ** (-i / half)`, as XLA computes it in float32, times 2**62.
 
         XLA multiplies by the reciprocal, and its power is all but always the
         correctly rounded one. One unit in the last place, times a position
@@ -80,15 +120,15 @@ class BwETAFRotaryEmbedding(nn.Module):
         indices = torch.arange(self.width // 2, dtype=torch.float32)
         exponents = indices * -half.reciprocal()
         frequencies = self.theta ** exponents.double()
-        return frequencies.float().view(torch.int32)
+        return (frequencies.float().double() * 2.0**62).long()
 
-    @torch.no_grad()
     def forward(self, position_ids, dtype):
         # Positions, frequencies and their product are rounded one by one.
         dtype = getattr(torch, self.rope_dtype) if self.rope_dtype else dtype
-        frequencies = self.frequency_bits.view(torch.float32).to(dtype)
-        angles = position_ids[..., None].to(dtype) * frequencies
-        angles = angles.float()  # (batch, length, width // 2)
+        frequencies = round_to(self.frequencies.float() * 2.0**-62, dtype)
+        positions = round_to(position_ids[..., None].float(), dtype)
+        # (batch, length, width // 2)
+        angles = round_to(positions * frequencies, dtype)
         return angles.cos(), angles.sin()
 
 
@@ -145,9 +185,9 @@ class BwETAFAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: dict[int, tuple[torch.Tensor, torch.Tensor]],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache = kwargs.pop(CACHE_NAME, None)
         query = self.q_proj(hidden_states)
         key = self.k_proj(hidden_states)
         value = self.v_proj(hidden_states)
@@ -160,8 +200,8 @@ class BwETAFAttention(nn.Module):
         query, key, value = (
             x.view(heads_shape).transpose(1, 2) for x in (query, key, value)
         )  # (batch, heads, length, head_dim)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -227,7 +267,7 @@ class BwETAFPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BwETAFDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -254,7 +294,7 @@ class BwETAFPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BwETAFRotaryEmbedding):
             # `from_pretrained` makes the model without memory: there, the
             # buffer gets its values here.
-            init.copy_(module.frequency_bits, module.compute_frequency_bits())
+            init.copy_(module.frequencies, module.compute_frequencies())
 
 
 class BwETAFModel(BwETAFPreTrainedModel):
@@ -287,25 +327,29 @@ class BwETAFModel(BwETAFPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        self.check_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "Specify exactly one of `input_ids` and `inputs_embeds`."
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = (
-                0
-                if past_key_values is None
-                else past_key_values.get_seq_length()
+        if cache is not None and past_key_values is not None:
+            raise ValueError(
+                "Specify only one of `cache` and `past_key_values`, which are "
+                "the new and the old name of the same."
             )
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = past + torch.arange(
                 inputs_embeds.shape[1], device=inputs_embeds.device
             ).unsqueeze(0)
@@ -314,8 +358,10 @@ class BwETAFModel(BwETAFPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            # The cache of continuous batching is of another kind, and comes
+            # with a mask.
+            **{CACHE_NAME: cache if isinstance(cache, Cache) else None},
         )
         dtype = inputs_embeds.dtype
         position_embeddings = {
@@ -325,20 +371,46 @@ class BwETAFModel(BwETAFPreTrainedModel):
         hidden_states = apply_rotary_pos_emb(
             inputs_embeds, *position_embeddings[self.config.hidden_size]
         )
-        hidden_states = hidden_states.to(torch.bfloat16).to(dtype)
+        hidden_states = round_to(hidden_states.float(), torch.bfloat16)
+        hidden_states = hidden_states.to(dtype)
+        # Before transformers 5.24, functions for attention update the cache of
+        # continuous batching, which they call `cache`.
+        cache_name = CACHE_NAME if isinstance(cache, Cache) else "cache"
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{cache_name: cache},
                 **kwargs,
             )  # (batch, length, hidden_size)
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
+            last_hidden_state=hidden_states, **{CACHE_NAME: cache}
         )
+
+    def check_keywords(self, kwargs):
+        """Refuses keywords that nothing reads, which would have no effect.
+
+        A function for attention that a server such as vLLM has registered
+        names those that it reads.
+        """
+        unknown = kwargs.keys() - KEYWORDS
+        if not unknown:
+            return
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        unknown -= inspect.signature(attention_interface).parameters.keys()
+        if unknown:
+            known = inspect.signature(self.forward).parameters.keys()
+            known |= TransformersKwargs.__annotations__.keys()
+            raise TypeError(
+                f"{type(self).__name__} expected keywords among "
+                f"{', '.join(sorted(known - {'kwargs'}))}. Received: "
+                f"{', '.join(sorted(unknown))}"
+            )
 
 
 class BwETAFForCausalLM(BwETAFPreTrainedModel, GenerationMixin):
@@ -354,17 +426,30 @@ class BwETAFForCausalLM(BwETAFPreTrainedModel, GenerationMixin):
         )
         self.post_init()
 
+    def init_continuous_batching(self, *args, **kwargs):
+        config = self.config
+        heads = [config.num_attention_heads, config.num_key_value_heads]
+        if any(isinstance(each, list) for each in heads):
+            raise ValueError(
+                "Continuous batching has one shape of cache for all layers, "
+                "and the heads of this model differ by layer. Use `generate`. "
+                f"Received: num_attention_heads={heads[0]}, "
+                f"num_key_value_heads={heads[1]}"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the loss.
@@ -374,22 +459,22 @@ class BwETAFForCausalLM(BwETAFPreTrainedModel, GenerationMixin):
                 is ignored.
             logits_to_keep: How many last positions, or which ones, to compute
                 logits of. 0 is all.
+            past_key_values: What `cache` was called before transformers 5.24.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
-        kept = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int)
-            else logits_to_keep
+        hidden_states = slice_logits_to_keep(
+            outputs.last_hidden_state, logits_to_keep
         )
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(hidden_states)
 
         loss = None
         if labels is not None:
@@ -402,7 +487,7 @@ class BwETAFForCausalLM(BwETAFPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -18,6 +18,7 @@ import keras_bwetaf
 from converters.hugging_face_folder import read_config
 from converters.transformers_model.configuration_bwetaf import BwETAFConfig
 from converters.transformers_model.modeling_bwetaf import (
+    CACHE_NAME,
     BwETAFForCausalLM,
     BwETAFRotaryEmbedding,
 )
@@ -161,7 +162,7 @@ def tokenizer(trained_folder):
 @pytest.mark.parametrize("width", [1, 2, 7, 12, 33, 128, 384, 768, 2048])
 def test_frequencies_are_those_of_keras(width, theta):
     rotary = BwETAFRotaryEmbedding(BwETAFConfig(rope_theta=theta), width)
-    received = rotary.frequency_bits.view(torch.float32)
+    received = rotary.frequencies.float() * 2.0**-62
     expected = inverse_frequencies(width, float(theta))
     np.testing.assert_array_equal(received, expected)
 
@@ -300,8 +301,8 @@ def test_a_prompt_may_come_in_chunks(trained):
     cache, chunks = None, []
     with torch.no_grad():
         for chunk in token_ids.split([40, 1, 50, 5], dim=1):
-            outputs = trained(chunk, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = trained(chunk, cache=cache, use_cache=True)
+            cache = getattr(outputs, CACHE_NAME)
             chunks.append(outputs.logits.numpy())
     assert cache.get_seq_length() == 96
     received = np.concatenate(chunks, axis=1)
@@ -341,15 +342,20 @@ def test_generation_does_not_need_a_cache(trained, tokenizer):
     assert torch.equal(*made)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"cache_implementation": "static"}, {"use_cache": False}],
+    ids=["dynamic", "static", "uncached"],
+)
 def test_greedy_text_of_a_batch_is_that_of_keras(
-    trained, continuations, tokenizer
+    trained, continuations, tokenizer, arguments
 ):
     inputs = tokenizer(
         PROMPTS, return_tensors="pt", padding=True, padding_side="left"
     )
     assert (inputs["attention_mask"] == 0).sum() > 20
     made = trained.generate(
-        **inputs, max_new_tokens=NUM_TOKENS, do_sample=False
+        **inputs, max_new_tokens=NUM_TOKENS, do_sample=False, **arguments
     )
     texts = tokenizer.batch_decode(made, skip_special_tokens=True)
     assert texts == continuations

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import shutil
@@ -5,10 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
+from transformers import AutoTokenizer
 
 import converters
 from converters import runtimes
-from tests.converters.folders import FORMATS, edit_json
+from converters.transformers_model import modeling_bwetaf
+from tests.converters.folders import FORMATS, assert_same_folders, edit_json
 
 NAME = "model.layers.1.mlp.gate_proj.weight"
 
@@ -31,6 +34,7 @@ def test_the_same_model_is_the_same(tiny, left, right):
         "same": True,
         "config": {},
         "files": [],
+        "code": [],
         "compared": 27 * 3 + 1,
         "tensors": [],
         "logits": {"skipped": "not asked for"},
@@ -48,6 +52,8 @@ def test_logits_of_two_formats(tiny, right, framework):
     assert logits["relative_l2"] <= 1e-5
     assert logits["same_top_1"]
     assert (logits["relative_l2"] == 0) == (right == "keras")
+    cached = logits["cached_relative_l2"]
+    assert len(cached) == 2 and max(cached) <= 1e-4
 
 
 def test_one_bit_is_a_difference(tiny, copy):
@@ -156,6 +162,22 @@ def test_tokenizers_are_compared(tiny, copy):
     assert report["files"] == ["tokenizer", "special_tokens"]
 
 
+def test_a_tokenizer_that_transformers_saved_is_the_same(tiny, copy):
+    """It writes a post-processor that adds nothing, and orders settings."""
+    folder = copy("torch")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    saved = path.read_bytes()
+    assert saved != (tiny["torch"] / "tokenizer.json").read_bytes()
+    report = converters.verify(tiny["torch"], folder, logits=False)
+    assert report["files"] == [] and report["same"]
+    document = json.loads(saved)
+    document["post_processor"]["single"] *= 2
+    path.write_text(json.dumps(document))
+    report = converters.verify(tiny["torch"], folder, logits=False)
+    assert report["files"] == ["tokenizer"]
+
+
 def test_training_statistics_are_no_part_of_the_model(tiny, copy):
     folder = copy("flax")
     (folder / "stats.json").write_text("{}")
@@ -175,12 +197,82 @@ def test_frameworks_that_are_not_there(tiny, monkeypatch):
     assert report["logits"] == {"skipped": "not installed: transformers"}
 
 
-def test_a_folders_own_code_is_not_run(copy, tiny):
+def test_a_folders_own_code_is_compared_and_not_run(copy, tiny):
     folder = copy("torch")
     (folder / "modeling_bwetaf.py").write_text("raise SystemExit('run')")
     report = converters.verify(tiny["torch"], folder)
-    assert report["same"]
+    assert not report["same"]
+    (problem,) = report["code"]
+    assert problem == (
+        f"{folder}: missing or of another version: modeling_bwetaf.py. "
+        "transformers runs this code, and may compute something else. Bring "
+        f"it up to date: bwetaf-convert convert {folder} NEW --to torch"
+    )
     assert report["logits"]["frameworks"] == ["transformers"] * 2
+    assert report["logits"]["relative_l2"] == 0
+
+
+def test_converting_again_brings_code_up_to_date(copy, tiny, tmp_path):
+    folder = copy("torch")
+    for name in ("modeling_bwetaf.py", "configuration_bwetaf.py"):
+        path = folder / name
+        path.write_text(path.read_text() + "# of a version before\n")
+    assert (
+        "configuration_bwetaf.py, model"
+        in (converters.inspect(folder)["problem"])
+    )
+    (folder / "configuration_bwetaf.py").unlink()
+    assert (
+        "configuration_bwetaf.py, model"
+        in (converters.inspect(folder)["problem"])
+    )
+    converters.convert(folder, tmp_path / "new", to="torch")
+    assert_same_folders(tmp_path / "new", tiny["torch"])
+    assert converters.inspect(tmp_path / "new")["problem"] is None
+    report = converters.verify(tiny["torch"], tmp_path / "new", logits=False)
+    assert report["same"]
+
+
+@pytest.mark.parametrize(
+    "left, fault",
+    [
+        ("keras", "forgets the cache"),
+        ("torch", "forgets the cache"),
+        ("torch", "counts padding"),
+        ("torch", "sees padding"),
+    ],
+)
+def test_faults_of_generation_are_found(tiny, monkeypatch, left, fault):
+    """One pass over one row has none of them."""
+    model = modeling_bwetaf.BwETAFForCausalLM
+    forward = model.forward
+
+    def broken(self, *args, **kwargs):
+        if fault == "forgets the cache":
+            kwargs |= {"cache": None, "past_key_values": None}
+        elif fault == "counts padding":
+            kwargs["position_ids"] = None
+        else:
+            kwargs["attention_mask"] = None
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", functools.wraps(forward)(broken))
+    report = converters.verify(tiny[left], tiny["torch"])
+    logits = report["logits"]
+    assert not report["same"]
+    assert logits["relative_l2"] <= 1e-5 and logits["same_top_1"]
+    assert logits["cached_relative_l2"][1] > 1e-2
+    assert (logits["cached_relative_l2"][0] > 1e-2) == (left == "torch")
+
+
+def test_a_failure_is_an_outcome(tiny, monkeypatch):
+    def fail(self, *args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runtimes.TorchModel, "generate", fail)
+    report = converters.verify(tiny["keras"], tiny["torch"])
+    assert not report["same"]
+    assert report["logits"] == {"failed": "RuntimeError: out of memory"}
 
 
 def test_progress_counts_every_byte(tiny):
