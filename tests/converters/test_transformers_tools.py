@@ -107,6 +107,7 @@ def test_the_first_norm_rounds_each_step(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("rope_dtype", [None, "bfloat16"])
 def test_a_compiled_model_rounds_as_well(model, rope_dtype):
     config = BwETAFConfig(**SMALL, rope_dtype=rope_dtype)
@@ -259,6 +260,7 @@ def test_torch_export(model):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def test_onnx_export(model, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -273,7 +275,7 @@ def test_onnx_export(model, tmp_path):
 
     path = tmp_path / "model.onnx"
     torch.onnx.export(
-        Logits(),
+        Logits().eval(),
         (random_ids(2, 8),),
         path,
         dynamo=True,
