@@ -1,6 +1,7 @@
 """The frameworks that can run a model folder, imported only to do so."""
 
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,11 +36,20 @@ def is_installed(runtime):
 def prepare(runtimes):
     """Imports PyTorch's compiler, if needed, before anything else.
 
-    Where TensorFlow, which KerasHub imports, came first, importing Triton
-    ends the process (TensorFlow 2.21, Triton 3.7).
+    With it comes Triton, where it is installed, which ends the process if
+    TensorFlow, which KerasHub imports, was there first (TensorFlow 2.21,
+    Triton 3.7). Then PyTorch does without it, which is for GPUs.
     """
-    if TORCH in runtimes:
+    if TORCH not in runtimes:
+        return
+    is_late = "tensorflow" in sys.modules and "triton" not in sys.modules
+    if is_late:
+        sys.modules["triton"] = None  # To import it is an ImportError.
+    try:
         importlib.import_module("torch._dynamo")
+    finally:
+        if is_late:
+            del sys.modules["triton"]
 
 
 class KerasModel:

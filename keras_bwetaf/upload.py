@@ -10,8 +10,9 @@ import huggingface_hub
 import keras_hub
 
 import converters
-from keras_bwetaf.presets import HUB_PREFIX, backbone_config
+from keras_bwetaf.presets import backbone_config
 
+HUB = "hf://"
 CARD = "README.md"
 TEMPLATE = """\
 ---
@@ -64,9 +65,9 @@ def upload_preset(uri, preset):
             f"Received: preset={str(preset)!r}"
         )
     config = backbone_config(folder)
-    if uri.startswith(HUB_PREFIX):
+    if uri.startswith(HUB):
         repo = huggingface_hub.create_repo(
-            uri.removeprefix(HUB_PREFIX), exist_ok=True
+            uri.removeprefix(HUB), exist_ok=True
         ).repo_id
         if not huggingface_hub.file_exists(repo, CARD):
             own = folder / CARD

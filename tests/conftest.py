@@ -1,5 +1,6 @@
 """Shared set-up: environment before imports, then fixtures."""
 
+import contextlib
 import gc
 import os
 import shutil
@@ -20,6 +21,11 @@ import huggingface_hub  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
+
+with contextlib.suppress(ImportError):
+    # PyTorch's build for CUDA brings it. Its library ends the process if that
+    # of TensorFlow was loaded before.
+    import triton  # noqa: E402, F401
 
 from tests import trained  # noqa: E402
 from tests.hub_server import HubServer  # noqa: E402
