@@ -13,11 +13,12 @@ import keras_bwetaf
 import keras  # isort: skip  after keras_bwetaf, which chooses the backend
 import numpy as np
 
-from tests.models.test_lora import ALL, X, make_lm, values
-
 
 def main(address, num_processes, process_id, folder):
     keras_bwetaf.initialize(address, num_processes, process_id)
+    # It computes when it is imported, and `initialize` comes before that.
+    from tests.models.test_lora import ALL, X, make_lm, values
+
     keras.distribution.set_distribution(
         keras_bwetaf.distribution.data_parallel()
     )
@@ -26,7 +27,8 @@ def main(address, num_processes, process_id, folder):
     start = values(lm.trainable_weights)
     lm.compile(keras.optimizers.Adam(0.01))
     mine = slice(process_id, None, num_processes)
-    lm.fit({name: x[mine] for name, x in X.items()}, batch_size=2, verbose=0)
+    rows = {name: x[mine] for name, x in X.items()}
+    lm.fit(rows, batch_size=2, epochs=3, verbose=0)
     end = values(lm.trainable_weights)
     np.savez(
         folder / f"factors-{process_id}.npz",

@@ -328,6 +328,8 @@ def test_quantization_that_needs_other_kernels(kind):
         np.testing.assert_array_equal(weight, value)
 
 
+# Keras passes it to JAX.
+@pytest.mark.filterwarnings("ignore:The `native_serialization` parameter")
 @pytest.mark.slow
 def test_saved_model_for_rows_of_any_length(tmp_path):
     import tensorflow as tf
