@@ -59,7 +59,7 @@ def trained_checkpoint(request):
 
 
 @pytest.fixture(scope="session")
-def documents(trained_checkpoint):
+def trained_documents(trained_checkpoint):
     """Texts that `trained_checkpoint` knows: "train", and not: "val"."""
     return trained.documents(trained_checkpoint)
 

@@ -289,7 +289,7 @@ class BwETAFCausalLM(CausalLM):
         Raises:
             ValueError: If there is data that can't be used.
         """
-        check_callbacks(self.optimizer, callbacks)
+        check_callbacks(getattr(self, "optimizer", None), callbacks)
         if class_weight is not None:
             raise ValueError(
                 "A language model's labels are tokens, so there is no "

@@ -219,7 +219,7 @@ def test_embeddings_are_those_of_keras(make_folder):
 
 def test_logits_of_a_trained_model_are_those_of_keras(trained, trained_folder):
     lm = keras_bwetaf.from_preset(trained_folder, dtype="float32")
-    token_ids = random_ids(2, LENGTH, vocabulary=4096)
+    token_ids = random_ids(2, LENGTH, vocabulary=1024)
     expected = keras_logits(lm, token_ids)
     assert relative_l2(logits(trained, token_ids), expected) < 1e-5
 
@@ -265,7 +265,7 @@ def test_a_cast_leaves_the_frequencies_alone(make_folder):
 
 
 def test_right_padding_changes_nothing(trained):
-    token_ids = random_ids(1, 48, vocabulary=4096)
+    token_ids = random_ids(1, 48, vocabulary=1024)
     padded = np.concatenate([token_ids, np.zeros((1, 16), int)], axis=1)
     mask = torch.tensor([[1] * 48 + [0] * 16])
     received = logits(trained, padded, attention_mask=mask)[:, :48]
@@ -273,7 +273,7 @@ def test_right_padding_changes_nothing(trained):
 
 
 def test_left_padding_changes_nothing_when_positions_are_given(trained):
-    token_ids = random_ids(1, 48, vocabulary=4096)
+    token_ids = random_ids(1, 48, vocabulary=1024)
     padded = np.concatenate([np.zeros((1, 16), int), token_ids], axis=1)
     mask = torch.tensor([[0] * 16 + [1] * 48])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -285,7 +285,7 @@ def test_left_padding_changes_nothing_when_positions_are_given(trained):
 
 def test_positions_count_from_the_start_of_the_row_by_default(trained):
     """As those of Llama do: padding counts, unless positions are given."""
-    token_ids = random_ids(1, 64, vocabulary=4096)
+    token_ids = random_ids(1, 64, vocabulary=1024)
     mask = torch.tensor([[0] * 16 + [1] * 48])
     received = logits(trained, token_ids, attention_mask=mask)[:, 16:]
     expected = logits(
@@ -297,7 +297,7 @@ def test_positions_count_from_the_start_of_the_row_by_default(trained):
 
 
 def test_a_prompt_may_come_in_chunks(trained):
-    token_ids = torch.as_tensor(random_ids(2, 96, vocabulary=4096))
+    token_ids = torch.as_tensor(random_ids(2, 96, vocabulary=1024))
     cache, chunks = None, []
     with torch.no_grad():
         for chunk in token_ids.split([40, 1, 50, 5], dim=1):
@@ -376,11 +376,11 @@ def test_text_generation_pipeline(trained_folder, continuations):
 
 
 def test_token_ids_and_text_are_the_same(
-    tokenizer, trained_checkpoint, trained_folder, documents
+    tokenizer, trained_checkpoint, trained_folder, trained_documents
 ):
     ours = BwETAFTokenizer(trained_folder / "tokenizer.json")
     original = original_tokenizer.load(trained_checkpoint)
-    for text in TEXTS + [text[:1000] for text in documents["val"]]:
+    for text in TEXTS + [text[:1000] for text in trained_documents["val"]]:
         ids = tokenizer(text)["input_ids"]
         assert ids == original.encode(text)
         assert ids == ours.tokenize(text, allowed_special="all").tolist()
@@ -594,7 +594,7 @@ def test_inputs_are_checked():
 
 
 def test_only_wanted_logits_are_computed(trained):
-    token_ids = random_ids(2, 16, vocabulary=4096)
+    token_ids = random_ids(2, 16, vocabulary=1024)
     every = logits(trained, token_ids)
     np.testing.assert_allclose(
         logits(trained, token_ids, logits_to_keep=3), every[:, -3:], atol=1e-4

@@ -21,19 +21,25 @@ def tokenizer(trained_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def their_rows(trained_checkpoint, documents):
+def their_rows(trained_checkpoint, trained_documents):
     """Threads stand in for its processes, which it would fork."""
     theirs = original.tokenizer.load(trained_checkpoint)
     with mock.patch.object(
         original.tokenizer, "ProcessPoolExecutor", ThreadPoolExecutor
     ):
-        return theirs.tokenize_max_util(documents["train"], 2, LENGTH)
+        return theirs.tokenize_max_util(trained_documents["train"], 2, LENGTH)
 
 
 @pytest.fixture(scope="module")
-def packed(documents, tokenizer, tmp_path_factory):
+def packed(trained_documents, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
-    pack(documents["train"], folder, tokenizer, num_workers=2, progress=False)
+    pack(
+        trained_documents["train"],
+        folder,
+        tokenizer,
+        num_workers=2,
+        progress=False,
+    )
     return folder
 
 
@@ -64,8 +70,16 @@ def test_their_files(their_rows, tokenizer, tmp_path):
     assert mine == {row.tobytes() for row in mixed}
 
 
-def test_validation_rows(validation_rows, documents, tokenizer, tmp_path):
+def test_validation_rows(
+    validation_rows, trained_documents, tokenizer, tmp_path
+):
     """Of the file that comes with the checkpoint."""
-    pack(documents["val"], tmp_path, tokenizer, num_workers=1, progress=False)
+    pack(
+        trained_documents["val"],
+        tmp_path,
+        tokenizer,
+        num_workers=1,
+        progress=False,
+    )
     rows = load(tmp_path, shuffle=False)
     np.testing.assert_array_equal(rows, validation_rows)

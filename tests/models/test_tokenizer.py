@@ -183,11 +183,13 @@ def test_training_writes_the_file_of_the_original(vocabulary_size, tmp_path):
 
 
 def test_training_on_real_text_gives_the_checkpoint_file(
-    trained_checkpoint, documents, tmp_path
+    trained_checkpoint, trained_documents, tmp_path
 ):
     folder = trained_checkpoint / "tokenizer"
     settings = json.loads((folder / "understanding_yap.json").read_text())
-    trained = train_tokenizer(documents["train"], settings["vocab_size"])
+    trained = train_tokenizer(
+        trained_documents["train"], settings["vocab_size"]
+    )
     trained.save_assets(tmp_path)
     expected = (folder / "yap.json").read_bytes()
     assert (tmp_path / "tokenizer.json").read_bytes() == expected
