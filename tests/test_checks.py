@@ -13,6 +13,8 @@ from keras_bwetaf.checks import (
     strings,
 )
 
+pytestmark = pytest.mark.fast
+
 INTS = [3, np.int64(3), np.uint8(3), np.array(3), jnp.int32(3)]
 FLOATS = [0.5, np.float32(0.5), np.array(0.5), jnp.bfloat16(0.5)]
 NEITHER = [True, np.True_, jnp.array(True), "3", b"3", None, [3], np.ones(1)]

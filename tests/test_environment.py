@@ -4,6 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.fast
+
 
 def run(script, **environment):
     environment = {**os.environ, **environment}

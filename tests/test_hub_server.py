@@ -6,6 +6,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfApi, constants, errors
 
+pytestmark = pytest.mark.fast
+
 REPO = "owner/name"
 
 

@@ -7,6 +7,8 @@ import pytest
 from converters import CheckpointError, flax_format
 from converters.flax_format import flatten, nest, read_flax, write_flax
 
+pytestmark = pytest.mark.fast
+
 DTYPES = (
     *("float16", "float32", "float64", "bfloat16", "bool"),
     *("int8", "int16", "int32", "int64"),

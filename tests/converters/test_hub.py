@@ -8,6 +8,8 @@ import converters
 from converters import CheckpointError
 from tests.converters.folders import FORMATS, assert_same_folders
 
+pytestmark = pytest.mark.fast
+
 REPO = "owner/tiny"
 
 

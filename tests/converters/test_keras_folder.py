@@ -24,6 +24,8 @@ from tests.converters.folders import (
     write_json,
 )
 
+pytestmark = pytest.mark.fast
+
 DOCUMENTS = (
     "config.json",
     "metadata.json",

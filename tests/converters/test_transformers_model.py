@@ -30,6 +30,8 @@ from tests.original import manager
 from tests.original import tokenizer as original_tokenizer
 from tests.parity import float64_logits, relative_l2
 
+pytestmark = pytest.mark.fast
+
 LENGTH = 512
 NUM_TOKENS = 24
 SMALL = dict(

@@ -15,6 +15,8 @@ from pyarrow import parquet
 
 from keras_bwetaf.data import files, read_documents
 
+pytestmark = pytest.mark.fast
+
 COMPRESSED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 

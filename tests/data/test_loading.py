@@ -16,6 +16,8 @@ from keras_bwetaf.data.index import read_index
 from tests.generation.conftest import small_lm
 from tests.parity import document_numbers
 
+pytestmark = pytest.mark.fast
+
 LENGTH, BATCH = 32, 8
 
 

@@ -15,6 +15,8 @@ from keras_bwetaf.generation.sampling import (
     next_token,
 )
 
+pytestmark = pytest.mark.fast
+
 VOCABULARY = 1000
 
 

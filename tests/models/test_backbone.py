@@ -10,6 +10,8 @@ from keras_bwetaf import BwETAFBackbone, list_presets
 from keras_bwetaf.presets import PRESETS
 from tests.keras_hub_checks import KerasHubTestCase
 
+pytestmark = pytest.mark.fast
+
 TINY = {
     "vocabulary_size": 20,
     "num_layers": 2,

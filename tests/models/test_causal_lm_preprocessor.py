@@ -15,6 +15,8 @@ from keras_bwetaf.models.causal_lm_preprocessor import (
 from keras_bwetaf.models.tokenizer import BwETAFTokenizer, train_tokenizer
 from tests.keras_hub_checks import KerasHubTestCase
 
+pytestmark = pytest.mark.fast
+
 TEXTS = ["the heaven", "and the earth 😀"]
 
 

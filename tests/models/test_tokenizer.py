@@ -24,6 +24,8 @@ from tests.keras_hub_checks import KerasHubTestCase
 from tests.original import tokenizer as original_tokenizer
 from tests.trained import NAMES, checkpoint
 
+pytestmark = pytest.mark.fast
+
 NUM_STRINGS = 10_000
 EOS, UNK = SPECIAL_TOKENS = ["<|EOS|>", "<|UK|>"]
 CORPUS = [

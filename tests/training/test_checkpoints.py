@@ -246,6 +246,7 @@ def test_processes_that_get_signals(whole, folder, lm):
     assert_same(final, whole.states[NUM_STEPS])
 
 
+@pytest.mark.fast
 def test_goes_on_within_an_epoch(whole, folder, lm):
     log = folder / "steps.txt"
     fit(lm, folder, After(9, stop), Steps(log))
@@ -414,6 +415,7 @@ def test_another_thread(folder, lm):
 # === What is stored ===
 
 
+@pytest.mark.fast
 def test_stores_the_state_of_its_step(whole, copied, lm):
     """Although training went on with the same buffers meanwhile."""
     for step in (4, 6, 8, 12, 16, 18):
@@ -439,6 +441,7 @@ def test_restores_weights_into_another_model(whole, copied, lm):
         assert array.any() or "bias" in variable.path
 
 
+@pytest.mark.fast
 def test_keeps_the_last_and_the_best(folder, lm):
     class Score(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs):

@@ -13,6 +13,8 @@ from keras_bwetaf.training.loss import (
 )
 from tests.parity import relative_l2
 
+pytestmark = pytest.mark.fast
+
 BATCH, LENGTH, WIDTH, VOCABULARY = 3, 21, 8, 50
 
 
