@@ -207,8 +207,9 @@ def new_file(path):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # Writing says that a disk is full.
+        # What the system says of writing, such as a full disk, has no name.
+        if getattr(error, "errno", None) and error.filename is None:
+            error.filename = str(path)
         raise
 
 
