@@ -60,7 +60,7 @@ def trained():
     states = [values(lm)]
     for i in range(NUM_BATCHES):
         batch = {name: each[BATCH * i :][:BATCH] for name, each in X.items()}
-        lm.fit(batch, verbose=0)
+        lm.fit(batch, shuffle=False, verbose=0)
         states.append(values(lm))
     return lm, states
 
@@ -101,6 +101,7 @@ def fit(lm, num_batches=3, *callbacks, **arguments):
         first(num_batches),
         batch_size=BATCH,
         verbose=0,
+        shuffle=False,
         callbacks=[*callbacks],
         **arguments,
     ).history
@@ -202,7 +203,7 @@ def test_a_later_step_fails(lm, states, monkeypatch):
     monkeypatch.setattr(lm, "train_function", None)
     x = {name: array[: 2 * BATCH + 1] for name, array in X.items()}
     with pytest.raises(ValueError, match="stopped"):
-        lm.fit(x, batch_size=BATCH, verbose=0)
+        lm.fit(x, batch_size=BATCH, shuffle=False, verbose=0)
     assert_is(lm, states[2])
 
 
