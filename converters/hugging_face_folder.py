@@ -235,22 +235,19 @@ def code_problem(folder):
         folder: path.
 
     Returns:
-        str, or None if it is this package's code, or there is to be none.
+        str, or None if it is this package's code, or not there.
     """
-    if "auto_map" not in (read_json_or_none(folder / CONFIG) or {}):
-        return None
-    others = [
-        name
-        for name in CODE
-        if read_bytes_or_none(folder / name)
-        != (CODE_FOLDER / name).read_bytes()
-    ]
+    others = []
+    for name in CODE:
+        code = read_bytes_or_none(folder / name)
+        if code not in (None, (CODE_FOLDER / name).read_bytes()):
+            others.append(name)
     if not others:
         return None
     return (
-        f"{folder}: missing or of another version: {', '.join(others)}. "
-        "transformers runs this code, and may compute something else. Bring "
-        f"it up to date: bwetaf-convert convert {folder} NEW --to torch"
+        f"{folder}: of another version: {', '.join(others)}. transformers "
+        "runs this code, and may compute something else. Bring it up to "
+        f"date: bwetaf-convert convert {folder} NEW --to torch"
     )
 
 

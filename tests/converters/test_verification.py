@@ -204,7 +204,7 @@ def test_a_folders_own_code_is_compared_and_not_run(copy, tiny):
     assert not report["same"]
     (problem,) = report["code"]
     assert problem == (
-        f"{folder}: missing or of another version: modeling_bwetaf.py. "
+        f"{folder}: of another version: modeling_bwetaf.py. "
         "transformers runs this code, and may compute something else. Bring "
         f"it up to date: bwetaf-convert convert {folder} NEW --to torch"
     )
