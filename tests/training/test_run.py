@@ -349,7 +349,7 @@ def test_fine_tuning_with_lora(tmp_path, corpus):
         ({"batch_size": 0}, "`batch_size` must be an int"),
         ({"recipe": {"name": "large"}}, "recipes for.*name='large'"),
         ({"recipe": {"warmup": "0.1"}}, "a number.*warmup='0.1' of type str"),
-        ({"text_column": "tale"}, "expected a column 'tale'"),
+        ({"text_column": "tale"}, "expected one column 'tale'"),
         ({"sequence_length": 10**6}, "at least `sequence_length` tokens"),
     ],
 )
