@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -201,7 +202,9 @@ def check_weights(folder):
 
 
 def _is_quantized(config):
-    return "Quantized" in json.dumps(config.get("dtype"))
+    """Whether a layer has a policy such as Keras's `Int4DTypePolicy`."""
+    policies = json.dumps(config.get("dtype"))
+    return re.search(r'"(?!Float)\w+DTypePolicy"', policies) is not None
 
 
 def write(folder, checkpoint, read, done):

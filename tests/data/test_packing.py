@@ -594,7 +594,7 @@ def test_the_report_names_what_is_not_read(tokenizer, tmp_path, capsys):
         "of another format": 1,
     }
     lines = str(report).splitlines()
-    assert lines[1].startswith("Not read: 10 hidden: ")
-    assert lines[1].endswith(" and 7 more")
-    assert lines[2].endswith("/[b].csv'")
-    assert lines[2] in capsys.readouterr().out
+    assert lines[3].startswith("Not read: 10 hidden: ")
+    assert lines[3].endswith(" and 7 more")
+    assert lines[4].endswith("/[b].csv'")
+    assert lines[4] in capsys.readouterr().out
