@@ -4,9 +4,6 @@ import shutil
 
 import pytest
 
-# Before TensorFlow: Triton, which this imports, crashes after it.
-import torch._dynamo  # noqa: F401
-
 from tests.converters.folders import (
     CASES,
     convert_to_all,
