@@ -42,13 +42,7 @@ SMALL = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-PROMPTS = [
-    "And God said unto",
-    "In the beginning",
-    "The LORD is my shepherd; I shall not",
-    "Blessed",
-    "And it came to pass in those days, that there went out a decree from",
-]
+PROMPT_LENGTHS = 24, 9, 47, 3, 160  # Characters.
 TEXTS = [
     "In the beginning God created the heaven and the earth.",
     " leading, trailing  and   inner spaces \n\n\tand\r\n lines ",
@@ -315,17 +309,29 @@ def test_a_prompt_may_come_in_chunks(trained):
 
 
 @pytest.fixture(scope="module")
-def continuations(trained_folder):
+def prompts(trained_documents):
+    """How texts that the model has not seen begin."""
+    texts = trained_documents["val"][: len(PROMPT_LENGTHS)]
+    return [
+        text[:length].rstrip()
+        for text, length in zip(texts, PROMPT_LENGTHS, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def continuations(trained_folder, prompts):
     """What Keras generates for each prompt; it has a cache of its own."""
     lm = keras_bwetaf.from_preset(trained_folder, dtype="float32")
-    texts = lm.generate(PROMPTS, max_new_tokens=NUM_TOKENS, temperature=0)
-    for prompt, text in zip(PROMPTS, texts, strict=True):
+    texts = lm.generate(prompts, max_new_tokens=NUM_TOKENS, temperature=0)
+    for prompt, text in zip(prompts, texts, strict=True):
         assert len(text) > len(prompt) + NUM_TOKENS
     return texts
 
 
-def test_greedy_text_is_that_of_keras(trained, continuations, tokenizer):
-    for prompt, expected in zip(PROMPTS, continuations, strict=True):
+def test_greedy_text_is_that_of_keras(
+    trained, prompts, continuations, tokenizer
+):
+    for prompt, expected in zip(prompts, continuations, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")
         made = trained.generate(
             **inputs, max_new_tokens=NUM_TOKENS, do_sample=False
@@ -333,8 +339,8 @@ def test_greedy_text_is_that_of_keras(trained, continuations, tokenizer):
         assert tokenizer.decode(made[0], skip_special_tokens=True) == expected
 
 
-def test_generation_does_not_need_a_cache(trained, tokenizer):
-    inputs = tokenizer(PROMPTS[0], return_tensors="pt")
+def test_generation_does_not_need_a_cache(trained, prompts, tokenizer):
+    inputs = tokenizer(prompts[0], return_tensors="pt")
     made = [
         trained.generate(
             **inputs, max_new_tokens=12, do_sample=False, use_cache=use_cache
@@ -350,10 +356,10 @@ def test_generation_does_not_need_a_cache(trained, tokenizer):
     ids=["dynamic", "static", "uncached"],
 )
 def test_greedy_text_of_a_batch_is_that_of_keras(
-    trained, continuations, tokenizer, arguments
+    trained, prompts, continuations, tokenizer, arguments
 ):
     inputs = tokenizer(
-        PROMPTS, return_tensors="pt", padding=True, padding_side="left"
+        prompts, return_tensors="pt", padding=True, padding_side="left"
     )
     assert (inputs["attention_mask"] == 0).sum() > 20
     made = trained.generate(
@@ -363,14 +369,14 @@ def test_greedy_text_of_a_batch_is_that_of_keras(
     assert texts == continuations
 
 
-def test_text_generation_pipeline(trained_folder, continuations):
+def test_text_generation_pipeline(trained_folder, prompts, continuations):
     pipeline = transformers.pipeline(
         "text-generation",
         model=str(trained_folder),
         trust_remote_code=True,
         dtype="float32",
     )
-    made = pipeline(PROMPTS[0], do_sample=False, max_new_tokens=NUM_TOKENS)
+    made = pipeline(prompts[0], do_sample=False, max_new_tokens=NUM_TOKENS)
     assert made[0]["generated_text"] == continuations[0]
 
 
