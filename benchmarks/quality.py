@@ -17,7 +17,7 @@ import numpy as np
 import keras_bwetaf
 from keras_bwetaf.data import document_numbers
 from keras_bwetaf.training import Monitor, TrainingCheckpoint
-from keras_bwetaf.training.recipe import RECIPES
+from keras_bwetaf.training.recipes import RECIPES
 
 import keras  # isort: skip  after keras_bwetaf, which chooses the backend
 

@@ -13,10 +13,11 @@ from keras_bwetaf.models import (
     BwETAFTokenizer,
     train_tokenizer,
 )
-from keras_bwetaf.presets import from_preset, list_presets
+from keras_bwetaf.preset_files import list_presets
+from keras_bwetaf.presets import from_preset
 from keras_bwetaf.processes import initialize, is_first_process
 from keras_bwetaf.training import recipe
-from keras_bwetaf.training.run import train
+from keras_bwetaf.run.runner import train
 from keras_bwetaf.upload import upload_preset
 
 __version__ = version("keras-bwetaf")

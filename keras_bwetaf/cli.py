@@ -19,8 +19,8 @@ from typing import Annotated
 import typer
 
 from converters.errors import printable
-from keras_bwetaf.training import run_folder
-from keras_bwetaf.training.settings import TrainingSettings, read_settings
+from keras_bwetaf.run import folder as run_folder
+from keras_bwetaf.run.settings import TrainingSettings, read_settings
 
 app = typer.Typer(
     help="The BwETAFv3 language model in Keras.",
@@ -181,16 +181,16 @@ def info(
 
     import converters
     from converters.bwetaf_v3 import tensors
-    from keras_bwetaf import presets
+    from keras_bwetaf import preset_files
 
-    folder = presets.cached_folder(preset, revision)
-    if folder is None and preset in presets.PRESETS:
-        config = presets.PRESETS[preset]["config"]
-        parameters = presets.PRESETS[preset]["parameters"]
+    folder = preset_files.cached_folder(preset, revision)
+    if folder is None and preset in preset_files.PRESETS:
+        config = preset_files.PRESETS[preset]["config"]
+        parameters = preset_files.PRESETS[preset]["parameters"]
     else:
         if folder is None:
-            folder = presets.preset_folder(preset, revision, weights=False)
-        config = presets.backbone_config(folder)
+            folder = preset_files.preset_folder(preset, revision, weights=False)
+        config = preset_files.backbone_config(folder)
         parameters = sum(
             math.prod(tensor.shape)
             for tensor in tensors(converters.config_from_keras(config))
@@ -331,10 +331,10 @@ def train(
     if message:
         print(message)
         return
-    from keras_bwetaf.training import run as training_run
+    from keras_bwetaf.run import runner
 
     with _second_interrupt_exits():
-        training_run.train(run, **given)
+        runner.train(run, **given)
 
 
 @contextlib.contextmanager

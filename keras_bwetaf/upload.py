@@ -10,7 +10,7 @@ import huggingface_hub
 import keras_hub
 
 import converters
-from keras_bwetaf.presets import backbone_config
+from keras_bwetaf.preset_files import backbone_config
 
 HUB = "hf://"
 CARD = "README.md"

@@ -330,7 +330,7 @@ def test_train_and_plot(folder, corpus, tmp_path, run, monkeypatch):
     assert from_preset(run_folder / "model").backbone.num_layers == 1
 
     with monkeypatch.context() as patched:
-        patched.setattr("keras_bwetaf.training.run.train", pytest.fail)
+        patched.setattr("keras_bwetaf.run.runner.train", pytest.fail)
         status, output, _ = run("train", run_folder)
         assert status == 0 and output.startswith("Finished: 2 steps.\n")
         for line in output.splitlines():
@@ -368,7 +368,7 @@ def test_options_of_train(tmp_path, run, monkeypatch):
     """Lists and tables are put together from several options."""
     received = {}
     monkeypatch.setattr(
-        "keras_bwetaf.training.run.train",
+        "keras_bwetaf.run.runner.train",
         lambda folder, **settings: received.update(settings),
     )
     status, *_ = run(
@@ -422,7 +422,7 @@ def test_a_training_that_fails(tmp_path, run, monkeypatch, kind):
     def fail(*_, **__):
         raise kind("the loss is not finite")
 
-    monkeypatch.setattr("keras_bwetaf.training.run.train", fail)
+    monkeypatch.setattr("keras_bwetaf.run.runner.train", fail)
     command = ["train", tmp_path, "--data", "a.txt", "--steps", 20]
     status, _, complaints = run(*command)
     assert status == 1

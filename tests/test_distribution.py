@@ -25,7 +25,7 @@ from keras_bwetaf.distribution import (
     fully_sharded,
     model_parallel,
 )
-from keras_bwetaf.export import as_checkpoint
+from keras_bwetaf.exchange.export import as_checkpoint
 from keras_bwetaf.layers import attention_kernel
 from keras_bwetaf.training import TrainingCheckpoint
 from tests.models.test_lora import ALL as ALL_LAYERS

@@ -5,6 +5,7 @@ from keras_bwetaf.data.instructions import chat_prompt, load_instructions
 from keras_bwetaf.data.loading import document_numbers, load_packed
 from keras_bwetaf.data.packing import PackingReport, pack
 from keras_bwetaf.data.sources import read_documents
+from keras_bwetaf.data.tracking import track
 
 __all__ = [
     "Documents",
@@ -15,4 +16,5 @@ __all__ = [
     "load_packed",
     "pack",
     "read_documents",
+    "track",
 ]

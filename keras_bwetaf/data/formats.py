@@ -11,7 +11,7 @@ import os
 import zlib
 
 from keras_bwetaf.data.documents import missing_column, to_text
-from keras_bwetaf.data.optional import import_optional
+from keras_bwetaf.optional import import_optional
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # What reading a file that is compressed, and cut off or damaged, raises.

@@ -16,7 +16,7 @@ from keras_bwetaf.data.batching import (
     shuffle_and_repeat,
 )
 from keras_bwetaf.data.formats import json_records
-from keras_bwetaf.data.optional import import_optional
+from keras_bwetaf.optional import import_optional
 
 CHAT_TEMPLATE = {
     "system": "{content}\n\n",

@@ -21,8 +21,8 @@ from keras_bwetaf.data.index import (
     read_index,
     tokenizer_digest,
 )
-from keras_bwetaf.data.optional import import_optional
 from keras_bwetaf.data.worker import TRAIN
+from keras_bwetaf.optional import import_optional
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 # In place of the tokens of an empty row.

@@ -33,7 +33,6 @@ from keras_bwetaf.data.index import (
     write_index,
 )
 from keras_bwetaf.data.sources import read_documents
-from keras_bwetaf.models import BwETAFTokenizer
 from keras_bwetaf.processes import in_first_process, is_first_process
 
 BATCH_CHARACTERS = 2**18
@@ -189,7 +188,7 @@ def pack(
                 if documents.files:
                     listing.write(folder, documents.files)
                 arguments = {
-                    "specification": tokenizer._encoder(()).to_str(),
+                    "specification": tokenizer.specification(),
                     "end_token_id": index["end_token_id"],
                     "dtype": index["dtype"],
                     "validation_fraction": validation_fraction,
@@ -223,7 +222,7 @@ def pack(
 def _checked_arguments(
     tokenizer, num_workers, shard_size, validation_fraction, max_tokens
 ):
-    if not isinstance(tokenizer, BwETAFTokenizer):
+    if not hasattr(tokenizer, "specification"):
         raise ValueError(
             "`tokenizer` must be a BwETAFTokenizer, such as "
             "lm.preprocessor.tokenizer. Received: "

@@ -8,7 +8,7 @@ import os
 
 from keras_bwetaf.data import files, formats, hub_files
 from keras_bwetaf.data.documents import Documents, missing_column
-from keras_bwetaf.data.optional import import_optional
+from keras_bwetaf.optional import import_optional
 
 TFDS = "tfds:"
 # The two data sets of the model card; `{split}` is filled in.

@@ -1,26 +1,10 @@
 """The host's half of generation: prompts in, new tokens out."""
 
-import operator
-from typing import NamedTuple
-
 import numpy as np
 
-from keras_bwetaf.checks import is_int
-from keras_bwetaf.generation.sampling import SamplingSettings
 from keras_bwetaf.layers.sharding import num_row_groups
 
 SMALLEST_BUCKET = 64
-TRUNCATIONS = (None, "left")
-
-
-class Request(NamedTuple):
-    """A batch of prompts, checked and ready to run."""
-
-    prompts: list  # of lists of token ids, none empty
-    limits: list  # the most new tokens of each row
-    longest: int  # the most new tokens, whatever the prompts in their buckets
-    stop_token_ids: list
-    settings: SamplingSettings | None  # `None`: the sampler is the user's own
 
 
 def bucket(size, smallest=SMALLEST_BUCKET):
@@ -39,127 +23,106 @@ def cache_bucket(size):
     return -(-size // step) * step
 
 
-def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
-    """Decides how many tokens each row gets, and shortens prompts if asked.
-
-    Args:
-        prompts: list of lists of int.
-        context: int. The most tokens that prompt and new tokens may have.
-        max_new_tokens: int or `None`.
-        max_length: int or `None`. Of prompt and new tokens together. One of
-            the two is given.
-        truncation: `None` or `"left"`, which drops the oldest tokens of a
-            prompt that leaves too little room.
-
-    Returns:
-        Tuple of the prompts, the most new tokens of each, and the most of any
-        batch whose prompts are in the same buckets.
-
-    Raises:
-        ValueError: If an argument is out of range or a prompt too long.
-    """
-    if truncation not in TRUNCATIONS:
-        raise ValueError(
-            f"`truncation` must be one of {TRUNCATIONS}. Received: "
-            f"truncation={truncation!r}"
-        )
-    if max_new_tokens is not None:
-        max_new_tokens = _checked_length(
-            "max_new_tokens", max_new_tokens, 1, context - 1
-        )
-        room = context - max_new_tokens
-        wanted = f"{max_new_tokens} new tokens in a context of {context}"
-    else:
-        max_length = _checked_length("max_length", max_length, 2, context)
-        room = max_length - 1
-        wanted = f"a new token in a max_length of {max_length}"
-
-    if truncation == "left":
-        prompts = [prompt[-room:] for prompt in prompts]
-    for i, prompt in enumerate(prompts):
-        if len(prompt) > room:
-            raise ValueError(
-                f"Prompt {i} has {len(prompt)} tokens, which leaves no room "
-                f"for {wanted}. Shorten it, change the length, or pass "
-                "`truncation='left'` to drop its oldest tokens."
-            )
-    limits = [max_new_tokens or max_length - len(row) for row in prompts]
-    shortest = min(map(len, prompts))
-    shortest = bucket(shortest) // 2 if shortest > SMALLEST_BUCKET else 1
-    return prompts, limits, max_new_tokens or max_length - shortest
-
-
-def _checked_length(name, value, smallest, largest):
-    if not is_int(value) or not smallest <= value <= largest:
-        raise ValueError(
-            f"`{name}` must be an int from {smallest} to {largest}, as the "
-            f"model's context allows. Received: {name}={value!r}"
-        )
-    return operator.index(value)
-
-
-def generate_tokens(decoder, request, tokens_per_dispatch, finished):
-    """Generates new tokens for a batch, some at a time.
+class Generation:
+    """A batch of prompts that a `Decoder` continues.
 
     Args:
         decoder: `Decoder`.
         request: `Request`.
-        tokens_per_dispatch: int. How many tokens the device makes before the
-            host sees them.
-        finished: bool numpy array `(batch,)`. The caller may set a row to
-            end it early.
 
-    Yields:
-        list of lists of int, the tokens that each row has got since the last
-        time, up to and including its stop token.
+    Attributes:
+        finished: bool numpy array `(batch,)`. Rows that get no more tokens.
+
+    Example:
+
+    ```python
+    generation = Generation(decoder, request)
+    for fresh in generation.run(tokens_per_dispatch=8):
+        show(fresh)
+    ```
     """
-    prompts, limits, longest, stop_token_ids, settings = request
-    num_rows = len(prompts)
-    # Rows that fill up the bucket have no tokens to make.
-    num_padding = bucket(num_rows, num_row_groups()) - num_rows
-    prompts = prompts + [[0]] * num_padding
-    limits = np.array(limits + [0] * num_padding, "int32")
-    if settings is not None:
-        seeds = np.pad(settings.seeds, (0, num_padding))
-        settings = settings._replace(seeds=seeds)
 
-    lengths = np.array([len(prompt) for prompt in prompts], "int32")
-    token_ids = np.zeros((len(prompts), bucket(lengths.max())), "int32")
-    for row, prompt in zip(token_ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    num_stop_slots = bucket(len(stop_token_ids), 8)
+    def __init__(self, decoder, request):
+        self._decoder = decoder
+        self._request = request
+        self.finished = np.zeros(len(request.prompts), "bool")
 
-    state = decoder.prefill(
-        cache_bucket(token_ids.shape[1] + longest),
-        token_ids,
-        {
-            "prompt_lengths": lengths,
-            "limits": limits,
-            "stop_token_ids": np.array(
-                stop_token_ids + [-1] * (num_stop_slots - len(stop_token_ids)),
-                "int32",
-            ),
-        },
-        settings,
-    )
-    num_steps = min(tokens_per_dispatch, longest)
-    num_shown = 0
-    while True:
-        num_tokens = int(state.num_tokens)
-        tokens = np.asarray(state.tokens)[:num_rows, num_shown:num_tokens]
+    def end(self, rows):
+        """Gives rows no more tokens.
+
+        Args:
+            rows: list of bool, one for each row.
+        """
+        self.finished |= np.asarray(rows)
+
+    def run(self, tokens_per_dispatch):
+        """Generates until all rows are finished.
+
+        Args:
+            tokens_per_dispatch: int. How many tokens the device makes before
+                the host sees them.
+
+        Yields:
+            list of lists of int, the tokens that each row has got since the
+            last time, up to and including its stop token.
+        """
+        num_rows = len(self.finished)
+        # The batch is padded to a bucket with rows that make no tokens.
+        num_padding = bucket(num_rows, num_row_groups()) - num_rows
+        state, settings = self._prefill(num_padding)
+        num_steps = min(tokens_per_dispatch, self._request.longest)
+        num_shown = 0
+        while True:
+            num_tokens = int(state.num_tokens)
+            yield self._fresh(state.tokens, num_shown, num_tokens)
+            num_shown = num_tokens
+            if self.finished.all():
+                return
+            done = np.pad(self.finished, (0, num_padding), constant_values=True)
+            state = self._decoder.decode(
+                state._replace(done=done), settings, num_steps
+            )
+
+    def _prefill(self, num_padding):
+        """The state after the prompts, and the settings of all rows."""
+        prompts, limits, longest, stop_token_ids, settings = self._request
+        prompts = prompts + [[0]] * num_padding
+        limits = np.array(limits + [0] * num_padding, "int32")
+        if settings is not None:
+            seeds = np.pad(settings.seeds, (0, num_padding))
+            settings = settings._replace(seeds=seeds)
+
+        lengths = np.array([len(prompt) for prompt in prompts], "int32")
+        token_ids = np.zeros((len(prompts), bucket(lengths.max())), "int32")
+        for row, prompt in zip(token_ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        num_unused = bucket(len(stop_token_ids), 8) - len(stop_token_ids)
+        state = self._decoder.prefill(
+            cache_bucket(token_ids.shape[1] + longest),
+            token_ids,
+            {
+                "prompt_lengths": lengths,
+                "limits": limits,
+                "stop_token_ids": np.array(
+                    stop_token_ids + [-1] * num_unused, "int32"
+                ),
+            },
+            settings,
+        )
+        return state, settings
+
+    def _fresh(self, tokens, start, stop):
+        """The tokens `start` to `stop` of each row, up to its end."""
+        limits = np.array(self._request.limits)
+        tokens = np.asarray(tokens)[: len(self.finished), start:stop]
         fresh = []
         for i, row in enumerate(tokens.tolist()):
-            row = [] if finished[i] else row[: limits[i] - num_shown]
+            row = [] if self.finished[i] else row[: limits[i] - start]
             for end, token in enumerate(row, start=1):
-                if token in stop_token_ids:
+                if token in self._request.stop_token_ids:
                     row = row[:end]
-                    finished[i] = True
+                    self.finished[i] = True
                     break
             fresh.append(row)
-        num_shown = num_tokens
-        finished |= limits[:num_rows] <= num_shown
-        yield fresh
-        if finished.all():
-            return
-        done = np.pad(finished, (0, num_padding), constant_values=True)
-        state = decoder.decode(state._replace(done=done), settings, num_steps)
+        self.finished |= limits <= stop
+        return fresh

@@ -11,9 +11,11 @@ from keras_bwetaf.layers import (
     TransformerBlock,
     initializers,
 )
+from keras_bwetaf.models.loading import load_backbone
 from keras_bwetaf.models.lora import LoraBackbone
 from keras_bwetaf.models.quantization import only_what_can_be
 from keras_bwetaf.names import with_nearest
+from keras_bwetaf.preset_files import open_preset
 
 ROPE_DTYPES = (None, "float32", "bfloat16", "float16")
 # What Keras takes besides, of every backbone.
@@ -263,6 +265,15 @@ class BwETAFBackbone(LoraBackbone):
             for layer in self._flatten_layers()
             if hasattr(layer, "inputs_quantizer")
         ]
+
+    @classmethod
+    def from_preset(
+        cls, preset, load_weights=True, *, dtype=None, revision=None, **config
+    ):
+        """Loads a backbone: see `keras_bwetaf.from_preset`."""
+        check_keywords("from_preset()", config)
+        files = open_preset(preset, revision, load_weights)
+        return load_backbone(cls, files, load_weights, dtype, config)
 
     @staticmethod
     def get_layout_map(

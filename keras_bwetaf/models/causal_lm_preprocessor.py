@@ -6,7 +6,9 @@ import numpy as np
 
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.models.backbone import BwETAFBackbone
+from keras_bwetaf.models.loading import load_preprocessor
 from keras_bwetaf.models.tokenizer import BwETAFTokenizer
+from keras_bwetaf.preset_files import open_preset
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -72,6 +74,25 @@ class BwETAFCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             add_end_token=add_end_token,
             **kwargs,
         )
+
+    @classmethod
+    def from_preset(cls, preset, *, revision=None, **options):
+        """Loads the preprocessor of a preset; no weights are downloaded.
+
+        Args:
+            preset: str or path. As for `keras_bwetaf.from_preset`.
+            revision: str. As for `keras_bwetaf.from_preset`.
+            **options: Arguments of the preprocessor. Its `sequence_length`
+                defaults to the saved one, or else the model's context.
+
+        Returns:
+            A `BwETAFCausalLMPreprocessor`.
+
+        Raises:
+            As `BwETAFTokenizer.from_preset`.
+        """
+        files = open_preset(preset, revision, weights=False)
+        return load_preprocessor(cls, files, **options)
 
     def build(self, input_shape):
         # The tokenizer may have got its file only now.

@@ -16,7 +16,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from converters.files import read_bytes
 from keras_bwetaf.checks import checked_int, is_int, strings
 from keras_bwetaf.models.backbone import BwETAFBackbone
+from keras_bwetaf.models.loading import load_tokenizer
 from keras_bwetaf.panics import clear_panics
+from keras_bwetaf.preset_files import open_preset
 
 # The others put in text of their own, and can make very much of little.
 NORMALIZERS = {
@@ -162,9 +164,8 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
         tokenizer = keras_bwetaf.BwETAFTokenizer.from_preset("97m")
         ```
         """
-        from keras_bwetaf import presets
-
-        return presets.load_tokenizer(preset, revision, **kwargs)
+        files = open_preset(preset, revision, weights=False)
+        return load_tokenizer(cls, files, **kwargs)
 
     def _load_file(self, path):
         if not os.path.isfile(path):
@@ -483,6 +484,16 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
         """bytes. The tokenizer file, as it was read."""
         self._check_loaded()
         return self._content
+
+    def specification(self):
+        """The JSON of a `tokenizers.Tokenizer` to which all text is plain.
+
+        Special tokens in a text are text to it, as to `tokenize`.
+
+        Returns:
+            str.
+        """
+        return self._encoder(()).to_str()
 
     def save_assets(self, dir_path):
         """Writes the tokenizer file, the same bytes that were read.

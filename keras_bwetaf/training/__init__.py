@@ -1,3 +1,7 @@
+from keras_bwetaf.exchange.optimizer_state import (
+    load_optimizer_state,
+    optimizer_state,
+)
 from keras_bwetaf.training.checkpoints import TrainingCheckpoint
 from keras_bwetaf.training.diagnostics import (
     TensorStatistics,
@@ -7,12 +11,8 @@ from keras_bwetaf.training.diagnostics import (
 )
 from keras_bwetaf.training.monitor import Monitor
 from keras_bwetaf.training.optimizer import AdamW
-from keras_bwetaf.training.optimizer_state import (
-    load_optimizer_state,
-    optimizer_state,
-)
 from keras_bwetaf.training.plots import plot_losses, plot_statistics
-from keras_bwetaf.training.recipe import WarmupDecay, recipe
+from keras_bwetaf.training.recipes import WarmupDecay, recipe
 from keras_bwetaf.training.samples import Samples
 
 __all__ = [

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_bwetaf import processes
-from keras_bwetaf.data.optional import import_optional
+from keras_bwetaf.optional import import_optional
 
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer"

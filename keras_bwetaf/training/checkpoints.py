@@ -264,7 +264,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     # === Around `fit` ===
 
-    def run(
+    def drive_fit(
         self,
         fit,
         model,
@@ -464,23 +464,6 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
-
-
-def track(data):
-    """Wraps a `grain.IterDataset`.
-
-    Args:
-        data: Anything.
-
-    Returns:
-        `TrackedBatches`, or None for other data.
-    """
-    grain = sys.modules.get("grain")
-    if grain is None or not isinstance(data, grain.IterDataset):
-        return None
-    from keras_bwetaf.training.batches import TrackedBatches
-
-    return TrackedBatches(data)
 
 
 class _OneTraining(keras.callbacks.CallbackList):

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 from keras_bwetaf.checks import positive_int
-from keras_bwetaf.training.loss import nonzero
-from keras_bwetaf.training.train_step import token_batch, token_losses
+from keras_bwetaf.step.loss import nonzero
+from keras_bwetaf.step.train_step import token_batch, token_losses
 
 VANISHING = 1e-6
 EXPLODING = 1e2

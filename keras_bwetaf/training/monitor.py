@@ -14,12 +14,12 @@ import rich.table
 from converters.files import local_path, new_file
 from keras_bwetaf import processes
 from keras_bwetaf.checks import positive_int
-from keras_bwetaf.data.optional import import_optional
 from keras_bwetaf.layers.attention import chosen_attention
+from keras_bwetaf.optional import import_optional
+from keras_bwetaf.step.train_step import STEP_VALUE_NAMES
 from keras_bwetaf.training.hardware import flops_per_token, peak_flops
 from keras_bwetaf.training.plots import LOSSES, plot_losses
 from keras_bwetaf.training.statistics import Statistics
-from keras_bwetaf.training.train_step import STEP_VALUE_NAMES
 
 REFRESH_SECONDS = 1.0
 LINE_WIDTH = 80
@@ -93,22 +93,36 @@ class Monitor(keras.callbacks.Callback):
         self.statistics = Statistics()
         self._display = _Display()
         self._step = None  # The optimizer's, once training goes on.
-        self._newest = None  # The values of the step dispatched last.
+        self._batches = None  # What `fit` trains on, if it can be read again.
         self._pending = collections.deque()  # Values that were not read yet.
 
     # === What the values of steps are, and when they are read ===
     #
     # `self.model` would bring the state of the training back to the model.
     # `on_train_batch_end` would wait for the step that was just dispatched.
-    # So the values of a step are looked up when the next one begins, and read
-    # when that one has been dispatched, too: the device never waits.
+    # So `fit` hands over the values of a step when it has been dispatched, and
+    # they are read when the next one has been, too: the device never waits.
 
     def set_model(self, model):
         super().set_model(model)
         _check_model(model)
-        if not model.reports_steps:
-            model.reports_steps = True
-            model.train_function = None
+
+    def set_train_batches(self, batches):
+        """`fit` calls it with its data, as `set_model` with the model.
+
+        Args:
+            batches: `TrackedBatches`, or None if batches have no numbers.
+        """
+        self._batches = batches
+
+    def on_step_values(self, values):
+        """`fit` calls it when a step has been dispatched.
+
+        Args:
+            values: float32 array, `STEP_VALUE_NAMES`, still to be computed.
+        """
+        if self._step is not None:
+            self._pending.append(values)
 
     def on_train_begin(self, logs=None):
         model = self._model
@@ -135,11 +149,10 @@ class Monitor(keras.callbacks.Callback):
             self.statistics.begin_epoch()
         if self._step is None:
             self._step = int(self._model.optimizer.iterations)
-            batches = getattr(self._model, "train_batches", None)
             # From the steps before a batch to the number of the batch.
-            self._offset = (
-                None if batches is None else batches.first_number - self._step
-            )
+            self._offset = None
+            if self._batches is not None:
+                self._offset = self._batches.first_number - self._step
         self._collect(but=1)
 
     def on_test_begin(self, logs=None):
@@ -163,16 +176,9 @@ class Monitor(keras.callbacks.Callback):
         """Forgets what was not read; the next step asks for its number."""
         self._step = None
         self._pending.clear()
-        self._newest = self._model and self._model.step_values
 
     def _collect(self, but=0):
         """Reads the values of steps, but for the last ones."""
-        if self._step is None:
-            return
-        values = self._model.step_values
-        if values is not self._newest:
-            self._newest = values
-            self._pending.append(values)
         while len(self._pending) > but:
             self._record(np.asarray(self._pending.popleft()))
 
@@ -315,7 +321,7 @@ class Monitor(keras.callbacks.Callback):
             )
         number = self._step - 1 + self._offset
         try:
-            batch = self._model.train_batches.batch(number)
+            batch = self._batches.batch(number)
         except ValueError as error:
             return f"Its batch could not be read again: {error}."
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(batch)

@@ -2,10 +2,6 @@ import keras
 from keras import ops
 
 MOMENTS = ("momentum", "velocity")
-LEARNING_RATE_CALLBACKS = (
-    keras.callbacks.LearningRateScheduler,
-    keras.callbacks.ReduceLROnPlateau,
-)
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -132,56 +128,6 @@ class AdamW(keras.optimizers.AdamW):
         config["moments_dtype"] = self.moments_dtype
         config["decay_vectors"] = self.decay_vectors
         return config
-
-
-def check_callbacks(optimizer, callbacks):
-    """Checks that no callback sets a learning rate that follows a schedule.
-
-    Args:
-        optimizer: `keras.optimizers.Optimizer`, or `None`.
-        callbacks: list of callbacks, or `None`. May be nested.
-
-    Raises:
-        ValueError: If one does.
-    """
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    schedule = getattr(optimizer, "_learning_rate", None)
-    if not isinstance(
-        schedule, keras.optimizers.schedules.LearningRateSchedule
-    ):
-        return
-    for callback in keras.tree.flatten(callbacks):
-        if isinstance(callback, LEARNING_RATE_CALLBACKS):
-            raise ValueError(
-                f"`{type(callback).__name__}` can't set the learning rate, "
-                "which follows the schedule of the optimizer, such as that "
-                "of a recipe. Leave out the callback and change the recipe's "
-                "`peak_learning_rate` or `final_learning_rate`, or compile "
-                "with an optimizer that has a constant one: "
-                "`keras_bwetaf.training.AdamW(learning_rate=1e-3)`. "
-                f"Received: learning_rate={schedule!r}"
-            )
-
-
-def start_averages(optimizer):
-    """Begins moving averages of weights, before the first step, with these.
-
-    Keras begins with zeros, and makes these the weights if `fit` ends before
-    the first step. From that on, there is no difference.
-
-    Args:
-        optimizer: `keras.optimizers.Optimizer`, or `None`.
-    """
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if not getattr(optimizer, "use_ema", False) or not optimizer.built:
-        return
-    if int(optimizer.iterations) == 0:
-        averages = optimizer._model_variables_moving_average
-        for average, variable in zip(
-            averages, optimizer._trainable_variables, strict=True
-        ):
-            if average is not None:
-                average.assign(variable)
 
 
 def _float32(x):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.files import local_path, new_file
-from keras_bwetaf.data.optional import import_optional
+from keras_bwetaf.optional import import_optional
 from keras_bwetaf.training.statistics import read_statistics, smooth
 
 LOSSES = "losses.png"

@@ -4,7 +4,7 @@ import textwrap
 
 import keras
 
-from keras_bwetaf.data.optional import import_optional
+from keras_bwetaf.optional import import_optional
 from keras_bwetaf.processes import is_first_process
 
 WIDTH = 80

@@ -19,8 +19,8 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 
+from keras_bwetaf.data.tracking import KEPT, TrackedBatches
 from keras_bwetaf.training import Monitor, TrainingCheckpoint, recipe
-from keras_bwetaf.training.batches import KEPT, TrackedBatches
 from keras_bwetaf.training.checkpoint_store import CheckpointStore
 from tests.training.resumable import (
     BATCH,

@@ -17,6 +17,7 @@ import pytest
 import tensorflow as tf
 
 from keras_bwetaf import processes
+from keras_bwetaf.step.train_step import STEP_VALUE_NAMES
 from keras_bwetaf.training import (
     Monitor,
     WarmupDecay,
@@ -30,7 +31,6 @@ from keras_bwetaf.training.statistics import (
     read_statistics,
     smooth,
 )
-from keras_bwetaf.training.train_step import STEP_VALUE_NAMES
 from tests import original
 from tests.training.test_fit import make_lm, uneven
 

@@ -9,7 +9,7 @@ import converters
 from converters.bwetaf_v3 import tensors
 from converters.checkpoint import Checkpoint
 from converters.mapped import View
-from keras_bwetaf.training.optimizer_state import optimizer_state
+from keras_bwetaf.exchange.optimizer_state import optimizer_state
 
 
 def as_checkpoint(lm, include_optimizer=False):

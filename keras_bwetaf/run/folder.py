@@ -7,12 +7,11 @@ import shlex
 import yaml
 
 from converters.files import new_file, read_json
-from keras_bwetaf.training.settings import TrainingSettings, read_settings
+from keras_bwetaf.preset_files import MODEL, RUN_SETTINGS
+from keras_bwetaf.run.settings import TrainingSettings, read_settings
 
-CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 PACKED = "packed"
-MODEL = "model"
 LAST_MODEL = "model-last"
 TOKENIZER = "tokenizer.json"
 # What the tokenizer and the tokens were made of, until training begins.
@@ -67,14 +66,14 @@ def resolve(folder, settings):
 
 def kept(folder):
     """The settings in the folder of a run, or None."""
-    path = folder / CONFIG
+    path = folder / RUN_SETTINGS
     return TrainingSettings(**read_settings(path)) if path.is_file() else None
 
 
 def keep(folder, settings):
     """Writes the settings, once tokens are packed and all can be built."""
     folder.mkdir(parents=True, exist_ok=True)
-    with new_file(folder / CONFIG) as file:
+    with new_file(folder / RUN_SETTINGS) as file:
         content = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
         file.write(content.encode())
 
@@ -148,7 +147,7 @@ def finished(folder, settings):
 
 def how_to_go_on(folder):
     """What a run that was stopped has to say, a str."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / RUN_SETTINGS).is_file():
         return "Stopped before training began. The same command goes on."
     steps = saved_steps(folder)
     done = f"Step {steps[-1]:,} is saved." if steps else "No step is saved yet."

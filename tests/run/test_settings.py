@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keras_bwetaf.layers.transformer_block import REMAT
-from keras_bwetaf.training.settings import TrainingSettings, read_settings
+from keras_bwetaf.run.settings import TrainingSettings, read_settings
 
 SETTINGS = {"data": "corpus.txt", "steps": 100, "model": {"num_layers": 2}}
 TOML = 'data = "corpus.txt"\nsteps = 100\n[model]\nnum_layers = 2\n'

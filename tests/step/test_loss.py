@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from keras_bwetaf.training.loss import (
+from keras_bwetaf.step.loss import (
     cross_entropy,
     head_cross_entropy,
     targets_and_weights,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_bwetaf.layers.sharding import whole_over_rows
-from keras_bwetaf.training.loss import (
+from keras_bwetaf.step.loss import (
     cross_entropy,
     head_cross_entropy,
     nonzero,
@@ -29,31 +29,7 @@ STEP_VALUE_NAMES = (
 )
 
 
-def check_optimizer(model):
-    """Checks that the optimizer is one for what is trainable now.
-
-    Args:
-        model: `BwETAFCausalLM`, compiled.
-
-    Raises:
-        ValueError: If weights were frozen, unfrozen, added or removed since
-            its optimizer was built.
-    """
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if optimizer is None or not optimizer.built:
-        return
-    built_for = optimizer._trainable_variables
-    if [*map(id, built_for)] != [*map(id, model.trainable_variables)]:
-        raise ValueError(
-            "Weights were frozen, unfrozen, added or removed after the "
-            "optimizer had been built. Compile the model with a new "
-            f"optimizer. Received: an optimizer for {len(built_for)} "
-            "variables, a model in which "
-            f"{len(model.trainable_variables)} are trainable"
-        )
-
-
-def train_step(model, state, data):
+def train_step(model, state, data, reports_values=False):
     """One step of the optimizer.
 
     With `model.gradient_accumulation_steps`, the rows of the batch are worked
@@ -67,11 +43,12 @@ def train_step(model, state, data):
             and metrics' variables.
         data: dict as the model's inputs, or tuple of such a dict, labels and
             sample weights. See `targets_and_weights`.
+        reports_values: bool. Whether the logs have the step's own values.
 
     Returns:
-        Tuple of logs, a dict of name to float, and the new state. If
-        `model.reports_steps`, there is also `"step_values"` among the logs,
-        a float32 array of what `STEP_VALUE_NAMES` says.
+        Tuple of logs, a dict of name to float, and the new state. With
+        `reports_values`, there is also `"step_values"` among the logs, a
+        float32 array of what `STEP_VALUE_NAMES` says.
     """
     trainable, non_trainable, optimizer_variables, metrics_variables = state
     batch = token_batch(data)
@@ -99,7 +76,7 @@ def train_step(model, state, data):
         model.gradient_accumulation_steps,
     )
     logs, metrics_variables = _update_metrics(model, metrics_variables, sums)
-    if model.reports_steps:
+    if reports_values:
         logs[STEP_VALUES] = _step_values(
             model, optimizer_variables, batch, sums, gradients
         )
@@ -134,14 +111,15 @@ def test_step(model, state, data):
     return logs, (trainable, non_trainable, metrics_variables)
 
 
-def keep_step_values(model, train_function):
-    """Moves a step's own values from the logs to `model.step_values`.
+def without_step_values(train_function, tell):
+    """Takes a step's own values out of the logs of a train function.
 
     Logs are for Keras and its callbacks, which take them for metrics.
 
     Args:
-        model: `BwETAFCausalLM` that reports steps.
-        train_function: function of the state and an iterator of batches.
+        train_function: function of the state and an iterator of batches,
+            whose logs have the values.
+        tell: function. Called with the values of each step.
 
     Returns:
         Such a function.
@@ -149,7 +127,7 @@ def keep_step_values(model, train_function):
 
     def function(state, iterator):
         logs, state = train_function(state, iterator)
-        model.step_values = logs.pop(STEP_VALUES)
+        tell(logs.pop(STEP_VALUES))
         return logs, state
 
     return function

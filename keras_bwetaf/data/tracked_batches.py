@@ -16,12 +16,12 @@ ADVICE = (
 class TrackedBatches(grain.IterDataset):
     """A Grain data set that numbers its batches.
 
-    `fit` wraps its data in one, `BwETAFCausalLM.train_batches`. The number of
-    a batch is that of the step that trains on it, from 0, also in a training
-    that goes on from a checkpoint. Keras looks at some batches before it
-    trains on them, through iterators of their own, and reads ahead; so what
-    was read says nothing of what was trained on. All iterators begin at the
-    same batch.
+    `fit` wraps its data in one, if it is none already. The number of a batch
+    is that of the step that trains on it, from 0, also in a training that
+    goes on from a checkpoint. Keras looks at some batches before it trains on
+    them, through iterators of their own, and reads ahead; so what was read
+    says nothing of what was trained on. All iterators begin at the same
+    batch.
 
     Args:
         dataset: `grain.IterDataset`. Each time that it is read, it must give
@@ -30,8 +30,9 @@ class TrackedBatches(grain.IterDataset):
     Example:
 
     ```python
-    lm.fit(train, steps_per_epoch=1000)
-    batch = lm.train_batches.batch(999)  # The last step's.
+    batches = keras_bwetaf.data.track(train)
+    lm.fit(batches, steps_per_epoch=1000)
+    batch = batches.batch(999)  # The last step's.
     ```
     """
 

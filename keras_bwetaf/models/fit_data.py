@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from keras_bwetaf.layers.sharding import num_row_groups
-from keras_bwetaf.training.loss import IGNORED
+from keras_bwetaf.step.loss import IGNORED
 
 EXPECTED = (
     "Expected a list of str, a dict of the arrays 'token_ids' and "

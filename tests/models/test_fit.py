@@ -18,8 +18,8 @@ from keras_bwetaf import (
     train_tokenizer,
 )
 from keras_bwetaf.layers import TransformerBlock
+from keras_bwetaf.step.loss import targets_and_weights
 from keras_bwetaf.training import AdamW, recipe
-from keras_bwetaf.training.loss import targets_and_weights
 from tests import original
 from tests.parity import document_numbers, port, relative_l2
 from tests.training.test_optimizer_state import ADAM, schedule

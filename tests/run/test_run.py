@@ -12,13 +12,13 @@ import yaml
 import keras_bwetaf
 from converters.files import read_json
 from keras_bwetaf.data import load_packed, pack
+from keras_bwetaf.run.settings import TrainingSettings
 from keras_bwetaf.training import (
     Monitor,
     TrainingCheckpoint,
     run,
     run_folder,
 )
-from keras_bwetaf.training.settings import TrainingSettings
 from tests.data.conftest import make_documents
 
 MODEL = {

@@ -12,12 +12,12 @@ import jax
 import keras
 
 from converters.files import local_path, new_file, read_json_or_none
-from keras_bwetaf import distribution, presets
+from keras_bwetaf import distribution, preset_files, presets
 from keras_bwetaf.data import load_packed, pack, read_documents
 from keras_bwetaf.data.index import FILE_NAME, read_index
-from keras_bwetaf.data.optional import import_optional
 from keras_bwetaf.data.packing import clear
 from keras_bwetaf.data.worker import VALIDATION
+from keras_bwetaf.exchange.weights import check_changes
 from keras_bwetaf.layers.sharding import num_row_groups
 from keras_bwetaf.models import BwETAFBackbone, BwETAFCausalLM
 from keras_bwetaf.models.backbone import (
@@ -29,11 +29,9 @@ from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
 )
 from keras_bwetaf.models.tokenizer import BwETAFTokenizer, train_tokenizer
+from keras_bwetaf.optional import import_optional
 from keras_bwetaf.processes import in_first_process, is_first_process
-from keras_bwetaf.training.checkpoints import TrainingCheckpoint
-from keras_bwetaf.training.monitor import Monitor
-from keras_bwetaf.training.recipe import recipe
-from keras_bwetaf.training.run_folder import (
+from keras_bwetaf.run.folder import (
     CHECKPOINTS,
     LAST_MODEL,
     MODEL,
@@ -47,6 +45,9 @@ from keras_bwetaf.training.run_folder import (
     kept,
     resolve,
 )
+from keras_bwetaf.training.checkpoints import TrainingCheckpoint
+from keras_bwetaf.training.monitor import Monitor
+from keras_bwetaf.training.recipes import recipe
 from keras_bwetaf.training.samples import Samples
 
 # Shares to hold out, of documents and of the only one.
@@ -268,12 +269,12 @@ def _config(settings):
         TypeError: If there is an unknown name in it.
     """
     check_keywords("`model`", settings.model)
-    saved = presets.load_config(settings.preset)
+    saved = preset_files.load_config(settings.preset)
     saved = {name: saved[name] for name in config_names() if name in saved}
     config = {**saved, **settings.model}
     if not _is_new(settings):
         checked_config(**config)
-        presets.check_changes(saved, settings.model)
+        check_changes(saved, settings.model)
         return config
     if "rope_dtype" not in settings.model:
         # Only published weights need angles that are rounded as activations

@@ -152,9 +152,9 @@ def _adam(model):
     Raises:
         ValueError: If it has none, or one with more state than Adam's own.
     """
-    from keras_bwetaf.models.causal_lm import BwETAFCausalLM
-
-    if not isinstance(model, BwETAFCausalLM):
+    backbone = getattr(model, "backbone", None)
+    name = keras.saving.get_registered_name(type(backbone))
+    if not name.startswith("keras_bwetaf>"):
         raise ValueError(
             "Expected a BwETAFCausalLM, whose weights have canonical names. "
             f"Received: model={model!r} of type {type(model).__name__}"

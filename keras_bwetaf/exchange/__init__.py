@@ -1,0 +1,1 @@
+"""A live model <-> a checkpoint of `converters`."""

@@ -1,0 +1,296 @@
+"""How a causal LM continues prompts: batches, streaming, stop strings."""
+
+import keras_hub
+import numpy as np
+
+from keras_bwetaf.checks import positive_int
+from keras_bwetaf.generation.decoding import Decoder
+from keras_bwetaf.generation.generation import Generation
+from keras_bwetaf.generation.request import (
+    as_prompts,
+    as_stop_strings,
+    as_texts,
+    make_request,
+    seeds_of_batches,
+)
+from keras_bwetaf.generation.streaming import TextStream
+
+# Often enough that a keyboard interrupt is answered within a second or two,
+# seldom enough to cost nothing.
+TOKENS_PER_DISPATCH = 64
+
+
+class Generator(keras_hub.models.CausalLM):
+    """Generation of a causal LM, with a key/value cache written in place.
+
+    A subclass has the attributes `backbone`, `preprocessor` and `sampler`,
+    and the methods that `Decoder` calls.
+    """
+
+    def make_generate_function(self):
+        """The `Decoder`, whose compiled functions are made on first use."""
+        if self.generate_function is None:
+            self.generate_function = Decoder(self)
+        return self.generate_function
+
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        *,
+        max_new_tokens=None,
+        stop_strings=None,
+        truncation=None,
+        seed=None,
+        **sampling,
+    ):
+        """Continues prompts.
+
+        Args:
+            inputs: str, or list of str of any lengths. Without a
+                preprocessor, a dict of `token_ids` and `padding_mask`, int
+                arrays `(batch, length)` with padding on the right. Or a
+                `tf.data.Dataset` of batches of either.
+            max_length: int. Most tokens of a prompt and its continuation
+                together. Defaults to the preprocessor's `sequence_length`.
+            stop_token_ids: `"auto"`, the tokenizer's end token; a list of
+                int; or `None` to go on until the length is reached. Only new
+                tokens are looked at.
+            strip_prompt: bool. Return the continuation only.
+            max_new_tokens: int. Most tokens of a continuation; instead of
+                `max_length`.
+            stop_strings: str or list of str. A continuation ends before the
+                first of them.
+            truncation: `"left"` drops the oldest tokens of prompts that are
+                too long for the model to see (a returned text still starts
+                with its whole prompt); `None` raises an error.
+            seed: int, or list with one int for each prompt. A prompt with
+                the same seed continues in the same way, alone or in a batch.
+                Defaults to the sampler's.
+            **sampling: Arguments of `BwETAFSampler` that replace those of
+                the compiled one: `temperature`, `top_k`, `top_p`, `min_p`,
+                `repetition_penalty`.
+
+        Returns:
+            str or list of str, as `inputs`; or a dict of int arrays
+            `(batch, length)`, as `inputs`, whose `padding_mask` covers the
+            stop token.
+
+        A preprocessor that overrides `generate_preprocess` or
+        `generate_postprocess` is asked for the token ids of the prompts, and
+        for the text of what was generated.
+
+        Raises:
+            ValueError: If a prompt is empty, not a string or too long, an
+                argument is out of range, or there are `stop_strings` beside
+                such a preprocessor.
+
+        Example:
+
+        ```python
+        lm.generate(["The night sky", "Once"], max_new_tokens=32, seed=[1, 2])
+        lm.generate("The night sky", max_new_tokens=32, temperature=0)
+        ```
+        """
+        options = dict(
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            max_new_tokens=max_new_tokens,
+            truncation=truncation,
+            seed=seed,
+            sampling=sampling,
+        )
+        stop_strings = as_stop_strings(stop_strings)
+        if hasattr(inputs, "as_numpy_iterator"):  # A tf.data.Dataset.
+            batches = list(inputs.as_numpy_iterator())
+            return _concatenate(
+                self._generate(
+                    batch, strip_prompt, stop_strings, {**options, "seed": seed}
+                )
+                for batch, seed in zip(
+                    batches, seeds_of_batches(seed, batches), strict=True
+                )
+            )
+        return self._generate(inputs, strip_prompt, stop_strings, options)
+
+    def _generate(self, inputs, strip_prompt, stop_strings, options):
+        """`generate` for one batch."""
+        if self.preprocessor is None:
+            if stop_strings:
+                raise ValueError(
+                    "`stop_strings` needs a tokenizer, and this model has "
+                    "`preprocessor=None`. Attach a preprocessor or use "
+                    "`stop_token_ids`."
+                )
+            return self._generate_ids(inputs, strip_prompt, options)
+        is_single = isinstance(inputs, str)
+        texts = as_texts([inputs] if is_single else inputs)
+        if _has_own_processing(self.preprocessor):
+            outputs = self._generate_processed(
+                texts, strip_prompt, stop_strings, options
+            )
+            return outputs[0] if is_single else outputs
+        prompts = self.preprocessor.tokenizer.tokenize(texts)
+        request = make_request(self, prompts, **options)
+        outputs = ["" if strip_prompt else text for text in texts]
+        for pieces in self._generate_text(
+            request, stop_strings, TOKENS_PER_DISPATCH
+        ):
+            outputs = [a + b for a, b in zip(outputs, pieces, strict=True)]
+        return outputs[0] if is_single else outputs
+
+    def _generate_processed(self, texts, strip_prompt, stop_strings, options):
+        """`generate` with a preprocessor that has methods of its own for it."""
+        if stop_strings:
+            raise ValueError(
+                "`stop_strings` can't be used with a preprocessor that "
+                "overrides `generate_preprocess` or `generate_postprocess`: "
+                "its text is made at the end. Use `stop_token_ids`. Received: "
+                f"stop_strings={stop_strings}"
+            )
+        length = options["max_length"]
+        if options["max_new_tokens"] is not None:
+            length = self.backbone.max_sequence_length
+        inputs = self.preprocessor.generate_preprocess(
+            texts, sequence_length=length
+        )
+        inputs = {name: np.asarray(value) for name, value in inputs.items()}
+        outputs = self._generate_ids(inputs, strip_prompt, options)
+        return self.preprocessor.generate_postprocess(outputs)
+
+    def stream(
+        self,
+        prompt,
+        max_length=None,
+        stop_token_ids="auto",
+        *,
+        max_new_tokens=None,
+        stop_strings=None,
+        truncation=None,
+        seed=None,
+        tokens_per_dispatch=8,
+        **sampling,
+    ):
+        """Continues a prompt and yields the text as it is made.
+
+        The pieces put together are what `generate` returns with
+        `strip_prompt=True` and the same seed.
+
+        Args:
+            prompt: str.
+            tokens_per_dispatch: int. How many tokens are made between two
+                pieces of text. Fewer come sooner, more come faster.
+            max_length, stop_token_ids, max_new_tokens, stop_strings,
+            truncation, seed, **sampling: See `generate`.
+
+        Yields:
+            str, never empty. A character is never split.
+
+        Raises:
+            ValueError: As `generate` does, at once and not at the first
+                piece.
+        """
+        if self.preprocessor is None:
+            raise ValueError(
+                "`stream` needs a tokenizer, and this model has "
+                "`preprocessor=None`. Attach a preprocessor, or pass token "
+                "ids to `generate`."
+            )
+        if _has_own_processing(self.preprocessor):
+            raise ValueError(
+                "`stream` can't use a preprocessor that overrides "
+                "`generate_preprocess` or `generate_postprocess`: its text is "
+                "made at the end. Use `generate`. Received: a preprocessor of "
+                f"class {type(self.preprocessor).__name__}"
+            )
+        if not isinstance(prompt, str):
+            raise ValueError(
+                "`stream` takes one prompt, a str. Use `generate` for a "
+                f"batch. Received: prompt={prompt!r}"
+            )
+        tokens_per_dispatch = positive_int(
+            "tokens_per_dispatch", tokens_per_dispatch
+        )
+        request = make_request(
+            self,
+            self.preprocessor.tokenizer.tokenize([prompt]),
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            max_new_tokens=max_new_tokens,
+            truncation=truncation,
+            seed=seed,
+            sampling=sampling,
+        )
+        pieces = self._generate_text(
+            request, as_stop_strings(stop_strings), tokens_per_dispatch
+        )
+        return (piece for (piece,) in pieces if piece)
+
+    def _generate_text(self, request, stop_strings, tokens_per_dispatch):
+        """Yields the next piece of text of every row."""
+        streams = [
+            TextStream(
+                self.preprocessor.tokenizer,
+                stop_strings,
+                request.stop_token_ids,
+            )
+            for _ in request.prompts
+        ]
+        generation = Generation(self.make_generate_function(), request)
+        for fresh in generation.run(tokens_per_dispatch):
+            yield [
+                stream.push(tokens, final)
+                for stream, tokens, final in zip(
+                    streams, fresh, generation.finished.tolist(), strict=True
+                )
+            ]
+            generation.end([stream.stopped for stream in streams])
+
+    def _generate_ids(self, inputs, strip_prompt, options):
+        """`generate` from token ids to token ids."""
+        prompts, width = as_prompts(inputs)
+        if options["max_new_tokens"] is None and options["max_length"] is None:
+            options = {**options, "max_length": width}
+        request = make_request(self, prompts, **options)
+        rows = [
+            [] if strip_prompt else list(prompt) for prompt in request.prompts
+        ]
+        generation = Generation(self.make_generate_function(), request)
+        for fresh in generation.run(TOKENS_PER_DISPATCH):
+            for row, tokens in zip(rows, fresh, strict=True):
+                row.extend(tokens)
+        width = max([width, *map(len, rows)])
+        token_ids = np.zeros((len(rows), width), "int32")
+        padding_mask = np.zeros((len(rows), width), "int32")
+        for i, row in enumerate(rows):
+            token_ids[i, : len(row)] = row
+            padding_mask[i, : len(row)] = 1
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+
+def _has_own_processing(preprocessor):
+    """Whether a preprocessor overrides what KerasHub's does in `generate`."""
+    theirs = keras_hub.models.CausalLMPreprocessor
+    return any(
+        getattr(type(preprocessor), name) is not getattr(theirs, name)
+        for name in ("generate_preprocess", "generate_postprocess")
+    )
+
+
+def _concatenate(batches):
+    """Joins the outputs of several batches, lists of str or dicts."""
+    batches = list(batches)
+    if not batches or isinstance(batches[0], list):
+        return [text for batch in batches for text in batch]
+    width = max(batch["token_ids"].shape[1] for batch in batches)
+    return {
+        name: np.concatenate(
+            [
+                np.pad(batch[name], ((0, 0), (0, width - batch[name].shape[1])))
+                for batch in batches
+            ]
+        )
+        for name in batches[0]
+    }

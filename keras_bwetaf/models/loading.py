@@ -1,0 +1,158 @@
+"""The files of a preset -> the parts of a model."""
+
+import contextlib
+import os
+import warnings
+
+import keras_hub
+
+from converters import flax_folder, hugging_face_folder, keras_folder
+from converters.files import read_json
+from keras_bwetaf.exchange.weights import assign, check_changes
+from keras_bwetaf.layers.initializers import skip_initialization
+
+# Where a tokenizer's settings are, and what they call its special tokens.
+TOKENIZER_SETTINGS = {
+    "safetensors": (
+        hugging_face_folder.TOKENIZER_CONFIG,
+        {"end_token": "eos_token", "unk_token": "unk_token"},
+    ),
+    "flax": (
+        flax_folder.TOKENIZER_CONFIG,
+        {"end_token": "eos_token", "unk_token": "uk_token"},
+    ),
+}
+TOKENIZER_SETTINGS["torch"] = TOKENIZER_SETTINGS["safetensors"]
+
+
+def load_backbone(cls, files, load_weights, dtype, changes):
+    """The backbone of a preset.
+
+    Args:
+        cls: The backbone's class.
+        files: `PresetFiles`.
+        load_weights: bool. `False` starts from random weights.
+        dtype: str, `keras.DTypePolicy` or None.
+        changes: dict. Changes to its configuration.
+
+    Returns:
+        A `cls`.
+
+    Raises:
+        ValueError: If the files are damaged, or the changes do not fit the
+            weights.
+    """
+    skipped = skip_initialization if load_weights else contextlib.nullcontext
+    if files.layout == "keras":
+        with skipped():
+            return _keras_backbone(cls, files, load_weights, dtype, changes)
+    with skipped():
+        backbone = cls(**{**files.config, **changes}, dtype=dtype)
+    if load_weights:
+        assign(backbone, files.folder)
+    return backbone
+
+
+def _keras_backbone(cls, files, load_weights, dtype, changes):
+    """A backbone that `save_to_preset` saved."""
+    own_dtypes = _own_dtypes(files.config)
+    if load_weights:
+        if own_dtypes and dtype is not None:
+            raise ValueError(
+                "The weights are quantized and keep their dtypes. Leave out "
+                "`dtype`, or pass load_weights=False. Received: "
+                f"dtype={dtype!r}"
+            )
+        check_changes(files.config, changes)
+    return _from_keras(
+        keras_hub.models.Backbone,
+        cls,
+        files,
+        load_weights=load_weights,
+        dtype=own_dtypes if dtype is None else dtype,
+        **changes,
+    )
+
+
+def load_preprocessor(cls, files, **options):
+    """The preprocessor of a preset that has a tokenizer.
+
+    Args:
+        cls: The preprocessor's class.
+        files: `PresetFiles`.
+        **options: Arguments of the preprocessor.
+
+    Returns:
+        A `cls`.
+    """
+    if files.layout == "keras":
+        keras_folder.read_documents(files.folder)
+        return _from_keras(
+            keras_hub.models.CausalLMPreprocessor, cls, files, **options
+        )
+    tokenizer = load_tokenizer(cls.tokenizer_cls, files)
+    length = {"sequence_length": files.config["max_sequence_length"]}
+    return cls(tokenizer, **{**length, **options})
+
+
+def load_tokenizer(cls, files, **options):
+    """The tokenizer of a preset that has one.
+
+    Args:
+        cls: The tokenizer's class.
+        files: `PresetFiles`.
+        **options: Arguments of the tokenizer.
+
+    Returns:
+        A `cls`.
+    """
+    if files.layout == "keras":
+        keras_folder.read_documents(files.folder)
+        return _from_keras(
+            keras_hub.tokenizers.Tokenizer, cls, files, **options
+        )
+    name, keys = TOKENIZER_SETTINGS[files.layout]
+    path = files.folder / name
+    settings = read_json(path) if path.is_file() else {}
+    special = {
+        argument: settings[key]
+        for argument, key in keys.items()
+        if isinstance(settings.get(key), str)
+    }
+    return cls(str(files.tokenizer), **{**special, **options})
+
+
+def warn_of_no_tokenizer(preset, reason):
+    """Says why a model has no preprocessor."""
+    warnings.warn(
+        f"The model has no preprocessor, because its tokenizer is not at "
+        f"hand. {reason} Received: preset={os.fspath(preset)!r}",
+        UserWarning,
+        stacklevel=4,  # Who called `keras_bwetaf.from_preset`.
+    )
+
+
+def _from_keras(base, cls, files, **arguments):
+    """Calls KerasHub's own `from_preset`, which `cls` overrides.
+
+    Raises:
+        ValueError: That names the folder where Keras stumbles over what it
+            holds.
+    """
+    try:
+        return base.from_preset.__func__(cls, str(files.folder), **arguments)
+    except (MemoryError, OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{files.folder}: Keras cannot load it. Export it again, or pass "
+            f"another folder. Received: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _own_dtypes(config):
+    """The dtypes of a quantized model; None if it is all of one float."""
+    dtype = config.get("dtype")
+    if isinstance(dtype, dict) and dtype.get("class_name") != "DTypePolicy":
+        return dtype
+    return None

@@ -1,0 +1,258 @@
+"""A preset's name -> where its files live -> a local folder; no model yet."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from huggingface_hub import constants
+
+import converters
+from converters import flax_folder, hugging_face_folder, keras_folder
+from converters.files import read_json
+from converters.hub import parse_source
+from keras_bwetaf import hub
+
+PRESETS = {
+    "tiny": {
+        "folder": Path(__file__).parent / "assets" / "tiny",
+        "description": (
+            "Children's stories, context 256, trained by examples/tiny; "
+            "comes with the package"
+        ),
+        "parameters": 2_629_632,
+    },
+    "97m": {
+        "repo": "WICKED4950/BwETAFv3-97M",
+        "revision": "main",
+        "description": (
+            "English, context 2048, trained on TinyStories, then FineWeb "
+            "(3.4 billion tokens)"
+        ),
+        "parameters": 97_609_728,
+        "config": {
+            "vocabulary_size": 16384,
+            "num_layers": 12,
+            "num_query_heads": 8,
+            "num_key_value_heads": 4,
+            "hidden_dim": 768,
+            "intermediate_dim": 2304,
+            "max_sequence_length": 2048,
+            "dropout": 0.05,
+            "rope_dtype": None,
+            "initializer_range": 0.002,
+            "embedding_initializer_range": 0.02,
+        },
+    },
+}
+
+# Of the folder of a training run: what makes it one, and its model.
+RUN_SETTINGS = "config.yaml"
+MODEL = "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class PresetFiles:
+    """The files of a preset on this machine.
+
+    Args:
+        folder: Path; or None if weights are not wanted and the repository of
+            a preset with a name cannot be reached.
+        layout: str, one of the formats of `converters`; or None.
+        config: dict. The backbone's configuration.
+        no_tokenizer: str. Why there is no tokenizer; empty if there is one.
+    """
+
+    folder: Path | None
+    layout: str | None
+    config: dict
+    no_tokenizer: str = ""
+
+    @property
+    def tokenizer(self):
+        """Path of the tokenizer's file."""
+        return self.folder / hub.TOKENIZERS[self.layout]
+
+
+def list_presets():
+    """The models that `from_preset` knows by name.
+
+    Returns:
+        dict of name to a dict with `"description"` and `"parameters"`.
+
+    Example:
+
+    ```python
+    keras_bwetaf.list_presets()["97m"]["parameters"]  # 97,609,728
+    ```
+    """
+    return {
+        name: {key: preset[key] for key in ("description", "parameters")}
+        for name, preset in PRESETS.items()
+    }
+
+
+def open_preset(preset, revision=None, weights=True):
+    """The files of a preset, downloaded and converted if needed.
+
+    Args:
+        preset: str or path. As for `keras_bwetaf.from_preset`.
+        revision: str. As for `from_preset`.
+        weights: bool. `False` is content without them; then the configuration
+            of a preset with a name is the one that this package knows.
+
+    Returns:
+        `PresetFiles`.
+
+    Raises:
+        As `from_preset`.
+    """
+    known = PRESETS.get(preset) if isinstance(preset, str) else None
+    try:
+        folder = preset_folder(preset, revision, weights=weights)
+    except ConnectionError as error:
+        if weights or not known:
+            raise
+        return PresetFiles(None, None, known["config"], str(error))
+    layout = converters.detect_format(folder)
+    config = backbone_config(folder)
+    if weights:
+        hub.check_weights(folder)  # A wrong size may ask for any memory.
+    elif layout != "keras" and known:
+        config = known.get("config", config)
+    files = PresetFiles(folder, layout, config)
+    if files.tokenizer.is_file():
+        return files
+    reason = f"There is no {hub.TOKENIZERS[layout]}."
+    return dataclasses.replace(files, no_tokenizer=reason)
+
+
+def preset_folder(preset, revision=None, weights=True):
+    """The local folder of a preset, downloaded and converted if needed.
+
+    Args:
+        preset: str or path. As for `from_preset`.
+        revision: str. As for `from_preset`.
+        weights: bool. `False` is content with a folder that lacks them.
+
+    Returns:
+        A `Path`.
+
+    Raises:
+        As `from_preset`.
+    """
+    repo, revision = _repository(preset, revision)
+    if repo is None:
+        return _folder(preset)
+    return hub.cached(repo, revision) or hub.fetch(
+        repo, revision, weights, check=backbone_config
+    )
+
+
+def cached_folder(preset, revision=None):
+    """The local folder of a preset that is ready to load; no network.
+
+    Args:
+        preset: str or path. As for `from_preset`.
+        revision: str. As for `from_preset`.
+
+    Returns:
+        A `Path`, or `None` if the preset has to be downloaded first.
+    """
+    repo, revision = _repository(preset, revision)
+    return _folder(preset) if repo is None else hub.cached(repo, revision)
+
+
+def load_config(preset):
+    """The backbone's configuration of a preset; no network for known names.
+
+    Args:
+        preset: str or path. As for `from_preset`.
+
+    Returns:
+        dict.
+
+    Raises:
+        As `from_preset`.
+    """
+    known = PRESETS.get(preset) if isinstance(preset, str) else None
+    if known and "config" in known:
+        return known["config"]
+    return backbone_config(preset_folder(preset, weights=False))
+
+
+def backbone_config(folder):
+    """The backbone's configuration of a model in a folder.
+
+    Args:
+        folder: path. It may lack weights and tokenizer.
+
+    Returns:
+        dict.
+
+    Raises:
+        ValueError: If it is no folder of a model, or the configuration is
+            damaged.
+    """
+    layout = converters.detect_format(folder)
+    if layout == "keras":
+        config = keras_folder.read_config(folder)
+        converters.config_from_keras(
+            config, source=folder / keras_folder.CONFIG
+        )
+        return config
+    if layout == "flax":
+        path = folder / flax_folder.CONFIG
+        config = converters.config_from_flax(read_json(path), source=path)
+    else:
+        config = hugging_face_folder.read_config(folder)
+    return converters.config_to_keras(config)
+
+
+def _repository(preset, revision):
+    """Splits a preset into `(repository, revision)`; None for a folder."""
+    if not isinstance(preset, (str, os.PathLike)):
+        raise ValueError(
+            f"A preset is a str or a path: one of {list(PRESETS)}, "
+            "'hf://owner/repo' or a folder. Received: "
+            f"preset={preset!r} of type {type(preset).__name__}"
+        )
+    known = PRESETS.get(preset) if isinstance(preset, str) else None
+    if known and "repo" in known:
+        return known["repo"], revision or known["revision"]
+    if repository := parse_source("preset", preset):
+        repo, own = repository
+        if own and revision not in (None, own):
+            raise ValueError(
+                "Two revisions are given. Leave one out. Received: "
+                f"preset={preset!r}, revision={revision!r}"
+            )
+        return repo, own or revision or constants.DEFAULT_REVISION
+    if not (known or os.path.isdir(preset)):
+        raise ValueError(
+            "Unknown preset: there is no such name and no such folder. Pass "
+            f"one of {list(PRESETS)}, 'hf://owner/repo' or an existing "
+            f"folder. Received: preset={os.fspath(preset)!r}"
+        )
+    if revision is not None:
+        raise ValueError(
+            "Only a repository has revisions, a folder has none. Received: "
+            f"preset={os.fspath(preset)!r}, revision={revision!r}"
+        )
+    return None, None
+
+
+def _folder(preset):
+    """The folder that a preset is, or that comes with this package."""
+    known = PRESETS.get(preset) if isinstance(preset, str) else None
+    if known:
+        return known["folder"]
+    folder = Path(preset)
+    if not (folder / RUN_SETTINGS).is_file():
+        return folder
+    if not (folder / MODEL).is_dir():
+        raise ValueError(
+            f"{folder}: the training run has no model yet. Finish it with: "
+            f"keras-bwetaf train {folder}. Received: preset="
+            f"{os.fspath(preset)!r}"
+        )
+    return folder / MODEL

@@ -1,0 +1,1 @@
+"""A whole training run in one folder: `train`, `keras-bwetaf train`."""
