@@ -28,10 +28,10 @@ from keras_bwetaf.distribution import (
 from keras_bwetaf.exchange.export import as_checkpoint
 from keras_bwetaf.layers import attention_kernel
 from keras_bwetaf.training import TrainingCheckpoint
+from tests.models.test_fit import compiled_step
 from tests.models.test_lora import ALL as ALL_LAYERS
 from tests.parity import document_numbers, relative_l2
 from tests.training import resumable
-from tests.training.test_fit import compiled_step
 
 STRATEGIES = {
     "one device": None,

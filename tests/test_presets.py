@@ -24,9 +24,10 @@ from huggingface_hub import constants
 import converters
 from converters import hugging_face_folder
 from converters.bwetaf_v3 import tensors
-from keras_bwetaf import BwETAFTokenizer, presets
+from keras_bwetaf import BwETAFTokenizer, preset_files
 from keras_bwetaf import hub as hub_module
-from keras_bwetaf.presets import from_preset, list_presets
+from keras_bwetaf.preset_files import list_presets
+from keras_bwetaf.presets import from_preset
 from tests.hub_server import environment
 from tests.original import manager, tokenizer
 from tests.parity import weights_by_path
@@ -169,11 +170,11 @@ def listing(folder):
 
 
 def test_presets_describe_themselves():
-    for name in presets.PRESETS:
+    for name in preset_files.PRESETS:
         backbone = {
             "rope_max_wavelength": 10000.0,
             "layer_norm_epsilon": 1e-8,
-            **presets.load_config(name),
+            **preset_files.load_config(name),
         }
         shapes = [
             tensor.shape
@@ -489,7 +490,7 @@ def test_flax_repository(
         "tokenizer/yap.json": 1,
         "tokenizer/understanding_yap.json": 1,
     }
-    assert presets.cached_folder(HUB) == (
+    assert preset_files.cached_folder(HUB) == (
         hub_client / "assets" / "keras-bwetaf" / "owner--tiny" / commit
     )
     hub.stop()
@@ -518,7 +519,7 @@ def test_other_repositories_load_from_the_hub_cache(
     assert "training_log.json" not in hub.downloads()
     assert set(hub.downloads().values()) == {1}
     snapshot = hub_client / "hub" / "models--owner--tiny/snapshots" / commit
-    assert presets.cached_folder(HUB) == snapshot
+    assert preset_files.cached_folder(HUB) == snapshot
     hub.stop()
     no_sockets()
     assert_same_weights(first, from_preset(HUB))
@@ -536,7 +537,7 @@ def test_a_branch_stays_pinned(hub, hub_client, flax_folder):
     with pytest.raises(AssertionError):
         assert_same_weights(first, from_preset(HUB, revision=commit))
     # The pin outlives the files that it points to.
-    shutil.rmtree(presets.cached_folder(HUB))
+    shutil.rmtree(preset_files.cached_folder(HUB))
     shutil.rmtree(hub_client / "hub")
     assert_same_weights(first, from_preset(HUB))
 
@@ -546,22 +547,22 @@ def test_a_pinned_snapshot_without_weights(hub, hub_client, canonical_folder):
     first = from_preset(HUB)
     shutil.rmtree(hub_client / "hub")
 
-    folder = presets.preset_folder(HUB, weights=False)
+    folder = preset_files.preset_folder(HUB, weights=False)
 
     assert (folder / "config.json").is_file()
-    assert presets.cached_folder(HUB) is None
+    assert preset_files.cached_folder(HUB) is None
     assert_same_weights(first, from_preset(HUB))
 
 
 def test_a_pinned_snapshot_is_converted_again(hub, hub_client, saved):
     hub.add(REPO, saved[1])
     from_preset(HUB)
-    converted = presets.cached_folder(HUB)
+    converted = preset_files.cached_folder(HUB)
     shutil.rmtree(converted)
 
-    assert presets.cached_folder(HUB) is None
+    assert preset_files.cached_folder(HUB) is None
     assert_original(from_preset(HUB), saved)
-    assert presets.cached_folder(HUB) == converted
+    assert preset_files.cached_folder(HUB) == converted
     assert hub.downloads()[WEIGHTS] == 1
 
 
@@ -642,9 +643,9 @@ def test_read_only_assets(hub, hub_client, saved, monkeypatch):
     (hub_client / "assets").mkdir(parents=True)
     with read_only(hub_client / "assets"):
         assert_original(from_preset(HUB), saved)
-    assert presets.cached_folder(HUB) is None
+    assert preset_files.cached_folder(HUB) is None
     assert_original(from_preset(HUB), saved)
-    assert presets.cached_folder(HUB) is not None
+    assert preset_files.cached_folder(HUB) is not None
 
 
 def test_read_only_cache_that_lacks_a_file(hub, hub_client, saved):
@@ -753,7 +754,7 @@ def test_truncated_download(hub, hub_client, saved):
     hub.truncated[WEIGHTS] = 1000
     with pytest.raises(ConnectionError, match="incomplete.*but has size 1000"):
         from_preset(HUB)
-    assert presets.cached_folder(HUB) is None
+    assert preset_files.cached_folder(HUB) is None
     assert not (hub_client / "assets").exists()
     assert not list(hub_client.rglob("*.incomplete"))
     hub.truncated.clear()
@@ -854,7 +855,7 @@ def test_damaged_in_the_repository(
     hub.add(REPO, folder)
     with pytest.raises(ValueError, match=f"{name}: expected a {kind} file"):
         from_preset(HUB)
-    assert presets.cached_folder(HUB) is None
+    assert preset_files.cached_folder(HUB) is None
     assert_nothing_left(hub_client)
 
 
@@ -913,7 +914,7 @@ def test_interrupted_conversion_leaves_nothing(
     assert not [
         path for path in (hub_client / "assets").rglob("*") if path.is_file()
     ]
-    assert presets.cached_folder(HUB) is None
+    assert preset_files.cached_folder(HUB) is None
 
     assert_original(from_preset(HUB), saved)
     assert hub.downloads()[WEIGHTS] == 1
@@ -934,7 +935,7 @@ def tiny_preset(monkeypatch):
         "max_sequence_length": 32,
     }
     preset = {"repo": REPO, "revision": "main", "config": config}
-    monkeypatch.setitem(presets.PRESETS, "tiny", preset)
+    monkeypatch.setitem(preset_files.PRESETS, "tiny", preset)
 
 
 def test_name_without_weights(hub, hub_client, saved, tiny_preset):
@@ -946,7 +947,7 @@ def test_name_without_weights(hub, hub_client, saved, tiny_preset):
     assert lm.backbone.max_sequence_length == 32  # the preset's
     assert lm.backbone.dropout == 0.25
     assert len(lm.preprocessor.tokenizer("the night sky")) > 0
-    assert presets.cached_folder("tiny") is None
+    assert preset_files.cached_folder("tiny") is None
 
 
 def test_tokenizer_alone(hub, hub_client, saved, tmp_path):
@@ -1051,14 +1052,14 @@ def test_two_processes_convert_once(hub, hub_client, saved):
 KILLED = """
 import os, signal, sys
 from converters import safetensors_format
-from keras_bwetaf import presets
+from keras_bwetaf import preset_files
 
 def kill(path, *_):
     path.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
 safetensors_format.write_safetensors = kill
-presets.preset_folder(sys.argv[1])
+preset_files.preset_folder(sys.argv[1])
 """
 
 
@@ -1073,13 +1074,13 @@ def test_killed_conversion_leaves_no_half_cache(
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     assert list(hub_client.rglob("*.safetensors"))  # it was under way
-    assert presets.cached_folder(HUB) is None
+    assert preset_files.cached_folder(HUB) is None
 
     lm = from_preset(HUB)
 
     assert_original(lm, saved)
     assert list(hub_client.rglob("*.safetensors")) == [
-        presets.cached_folder(HUB) / "model.safetensors"
+        preset_files.cached_folder(HUB) / "model.safetensors"
     ]
 
 

@@ -18,6 +18,7 @@ from keras_bwetaf import processes
 from keras_bwetaf.training import TrainingCheckpoint
 from keras_bwetaf.training.statistics import read_statistics
 from tests.data.conftest import make_documents
+from tests.run.test_run import MODEL as RUN_MODEL
 from tests.training.resumable import (
     SAVE_EVERY,
     STEPS_PER_EPOCH,
@@ -27,7 +28,6 @@ from tests.training.resumable import (
     state,
     write_rows,
 )
-from tests.training.test_run import MODEL as RUN_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 # Three of them in one process, two in several.

@@ -7,7 +7,7 @@ import pytest
 
 import keras_bwetaf
 from examples.tiny import grammar
-from keras_bwetaf.presets import PRESETS
+from keras_bwetaf.preset_files import PRESETS
 
 NAMES = {name: "girl" for name in grammar.GIRLS}
 NAMES.update({name: "boy" for name in grammar.BOYS})

@@ -10,7 +10,7 @@ import pytest
 
 from keras_bwetaf.data import chat_prompt
 from keras_bwetaf.data import load_instructions as load_instructions_
-from tests.training.test_fit import make_lm, step
+from tests.models.test_fit import make_lm, step
 
 LENGTH, BATCH = 32, 4
 

@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 
 from keras_bwetaf import BwETAFCausalLM
-from keras_bwetaf.generation.generation import (
-    bucket,
-    cache_bucket,
-    fit_to_context,
-)
+from keras_bwetaf.generation.generation import bucket, cache_bucket
+from keras_bwetaf.generation.request import fit_to_context
 from keras_bwetaf.generation.sampling import SamplingSettings
 from keras_bwetaf.generation.streaming import TextStream
 from tests import parity

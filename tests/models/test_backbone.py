@@ -7,7 +7,7 @@ import pytest
 
 import keras_bwetaf
 from keras_bwetaf import BwETAFBackbone, list_presets
-from keras_bwetaf.presets import PRESETS
+from keras_bwetaf.preset_files import PRESETS
 from tests.keras_hub_checks import KerasHubTestCase
 
 pytestmark = pytest.mark.fast

@@ -21,8 +21,8 @@ from keras_bwetaf.layers import TransformerBlock
 from keras_bwetaf.step.loss import targets_and_weights
 from keras_bwetaf.training import AdamW, recipe
 from tests import original
+from tests.exchange.test_optimizer_state import ADAM, schedule
 from tests.parity import document_numbers, port, relative_l2
-from tests.training.test_optimizer_state import ADAM, schedule
 
 TINY = dict(
     num_heads=4,

@@ -11,7 +11,7 @@ import tensorflow as tf
 import torch
 
 from keras_bwetaf import BwETAFCausalLMPreprocessor, train_tokenizer
-from tests.training.test_fit import make_lm
+from tests.models.test_fit import make_lm
 
 TEXTS = [f"{letter} light of the day" for letter in "abcdefghijkl"]
 NUM = len(TEXTS)

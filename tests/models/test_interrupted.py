@@ -11,9 +11,9 @@ import pytest
 from keras_bwetaf import BwETAFCausalLM
 from keras_bwetaf.step.trainer_state import TrainerState
 from keras_bwetaf.training import TrainingCheckpoint, recipe
+from tests.models.test_fit import make_lm, packed, rows
 from tests.training.resumable import STEPS_PER_EPOCH, read_rows, write_rows
 from tests.training.resumable import make_lm as make_resumable
-from tests.training.test_fit import make_lm, packed, rows
 
 BATCH, NUM_BATCHES = 4, 12
 X = packed(rows(BATCH * NUM_BATCHES))

@@ -8,9 +8,9 @@ from safetensors.numpy import load_file, save_file
 import converters
 import keras_bwetaf
 from keras_bwetaf import BwETAFBackbone, BwETAFCausalLM
+from tests.models.test_fit import PRIME, arrays, compiled_step, packed, rows
 from tests.parity import relative_l2
 from tests.test_processes import free_address, start
-from tests.training.test_fit import PRIME, arrays, compiled_step, packed, rows
 
 ALL = [
     "query",

@@ -12,13 +12,10 @@ import yaml
 import keras_bwetaf
 from converters.files import read_json
 from keras_bwetaf.data import load_packed, pack
+from keras_bwetaf.run import folder as run_folder
+from keras_bwetaf.run import runner
 from keras_bwetaf.run.settings import TrainingSettings
-from keras_bwetaf.training import (
-    Monitor,
-    TrainingCheckpoint,
-    run,
-    run_folder,
-)
+from keras_bwetaf.training import Monitor, TrainingCheckpoint
 from tests.data.conftest import make_documents
 
 MODEL = {
@@ -169,7 +166,7 @@ def test_other_settings_before_the_first_checkpoint(tmp_path, settings):
 def test_a_finished_run_says_so_at_once(trained, capsys, monkeypatch):
     folder, lm = trained
     monkeypatch.chdir(folder.parent)
-    monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(runner, "_train", lambda *_: pytest.fail("it trains"))
     assert_same_weights(lm, keras_bwetaf.train("run"))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -300,16 +297,16 @@ def test_several_devices_share_a_batch(tmp_path, settings, monkeypatch):
 def test_too_little_to_validate(trained, settings):
     options = {"sequence_length": 10**6}
     with pytest.warns(UserWarning, match="fewer tokens.*: [0-9]+ tokens"):
-        validation = run._validation(
+        validation = runner._validation(
             trained[0] / "packed", TrainingSettings(**settings), options
         )
     assert validation == {}
 
 
 def test_steps_that_hardly_divide():
-    assert run._epochs(TrainingSettings(data="a", steps=10_000)) == 20
+    assert runner._epochs(TrainingSettings(data="a", steps=10_000)) == 20
     with pytest.warns(UserWarning, match="into 1 equal parts.*steps=1009"):
-        assert run._epochs(TrainingSettings(data="a", steps=1009)) == 1
+        assert runner._epochs(TrainingSettings(data="a", steps=1009)) == 1
 
 
 def test_fine_tuning_with_lora(tmp_path, corpus):
@@ -414,7 +411,7 @@ def test_a_corrected_command_goes_on(tmp_path, settings):
 
     def prepare(**changes):
         wanted = TrainingSettings(**{**settings, **changes})
-        return run._tokenizer_and_data(folder, wanted)
+        return runner._tokenizer_and_data(folder, wanted)
 
     before = made()
     prepare(batch_size=2)
@@ -434,7 +431,7 @@ def test_the_end_of_one_file_is_held_out(tmp_path, name):
     text = "Some words, and more of them. " * 200
     path.write_text(text)
     settings = TrainingSettings(data=str(path), steps=1, preset="tiny")
-    tokenizer, data = run._tokenizer_and_data(tmp_path / "run", settings)
+    tokenizer, data = runner._tokenizer_and_data(tmp_path / "run", settings)
     parts = [
         tokenizer.detokenize(np.fromfile(data / f"{split}-00000.bin", "<u2"))
         for split in ("train", "validation")
@@ -443,7 +440,7 @@ def test_the_end_of_one_file_is_held_out(tmp_path, name):
     assert "".join(parts) == text
     assert len(parts[1]) / len(text) == pytest.approx(0.1, abs=0.01)
     options = {"sequence_length": 32, "batch_size": 4, "tokenizer": tokenizer}
-    assert run._validation(data, settings, options)["validation_steps"] > 0
+    assert runner._validation(data, settings, options)["validation_steps"] > 0
 
 
 def test_missing_settings(tmp_path):

@@ -19,7 +19,8 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 
-from keras_bwetaf.data.tracking import KEPT, TrackedBatches
+from keras_bwetaf.data import track
+from keras_bwetaf.data.tracked_batches import KEPT, TrackedBatches
 from keras_bwetaf.training import Monitor, TrainingCheckpoint, recipe
 from keras_bwetaf.training.checkpoint_store import CheckpointStore
 from tests.training.resumable import (
@@ -790,15 +791,16 @@ def test_no_such_checkpoint(folder, lm, step):
 def test_numbers_of_batches(folder, lm):
     data = read_rows(folder / "rows.npy", seed=3)
     fit(lm, folder, data=data, validate=False, epochs=1)
-    fit(lm, folder, data=data, validate=False, epochs=2)
+    batches = track(data)
+    fit(lm, folder, data=batches, validate=False, epochs=2)
     for number, expected in zip(range(12), data, strict=False):
         if number >= 5:  # Those before were read by the first `fit`.
-            batch = lm.train_batches.batch(number)
+            batch = batches.batch(number)
             np.testing.assert_array_equal(
                 batch["token_ids"], expected["token_ids"]
             )
     with pytest.raises(ValueError, match="read, 5 to 11. Received: number=4"):
-        lm.train_batches.batch(4)
+        batches.batch(4)
 
 
 def test_numbers_go_on_when_the_data_begins_anew(folder):

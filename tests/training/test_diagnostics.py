@@ -13,7 +13,7 @@ from keras_bwetaf.training import (
     rank_rows,
 )
 from keras_bwetaf.training.diagnostics import QUANTITIES
-from tests.training.test_fit import make_lm, packed, rows, uneven
+from tests.models.test_fit import make_lm, packed, rows, uneven
 
 THRESHOLDS = dict(vanishing=1e-4, exploding=0.01)
 

@@ -32,7 +32,7 @@ from keras_bwetaf.training.statistics import (
     smooth,
 )
 from tests import original
-from tests.training.test_fit import make_lm, uneven
+from tests.models.test_fit import make_lm, uneven
 
 BATCH_SIZE = 4
 TIMES = ("seconds", "total time", "compile time", "tokens per second")
@@ -48,9 +48,18 @@ def schedule():
     )
 
 
+class Listener(keras.callbacks.Callback):
+    """Keeps the values of the last step."""
+
+    values = None
+
+    def on_step_values(self, values):
+        self.values = values
+
+
 @functools.cache
 def compiled(kind):
-    """A model that reports steps, and its first state."""
+    """A model and its first state."""
     optimizer = keras.optimizers.SGD(schedule(), global_clipnorm=0.5)
     arguments = {}
     if kind == "scaled":
@@ -58,7 +67,6 @@ def compiled(kind):
     if kind == "accumulated":
         arguments["gradient_accumulation_steps"] = 3
     lm = make_lm(optimizer, **arguments)
-    lm.reports_steps = True
     return lm, state_of(lm)
 
 
@@ -126,8 +134,9 @@ def test_values_of_steps(kind):
         (loss, num_tokens), gradients = direct()(trainable, x)
         norm = math.sqrt(sum(float(jnp.sum(g**2)) for g in gradients))
         rate = float(schedule()(step))
-        fit(lm, x)
-        values = np.asarray(lm.step_values)
+        listener = Listener()
+        fit(lm, x, callbacks=[listener])
+        values = np.asarray(listener.values)
         received = dict(zip(STEP_VALUE_NAMES, values, strict=True))
         assert norm > 0.6  # It is clipped.
         assert received["loss"] == pytest.approx(float(loss), 1e-5)
@@ -138,26 +147,25 @@ def test_values_of_steps(kind):
 
 
 def test_watching_changes_nothing(lm):
-    """And compiling anew ends it."""
     x = rows(2)
     watched = fit(lm, x, callbacks=[Monitor()], epochs=2).history
     weights = lm.get_weights()
     lm = make_lm(keras.optimizers.SGD(schedule(), global_clipnorm=0.5))
     alone = fit(lm, x, epochs=2).history
-    assert lm.step_values is None
     assert alone == {name: watched[name] for name in alone}
     added = set(watched) - set(alone)
     assert added == {"gradient_norm", "tokens_per_second"}
     for ours, theirs in zip(weights, lm.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
-    Monitor().set_model(lm)
-    assert lm.reports_steps and lm.train_function is None
+    listener = Listener()
+    fit(lm, x, callbacks=[listener])
+    first = listener.values
+    assert first is not None
     logs = lm.train_on_batch(x, return_dict=True)
     assert set(logs) == {"loss", "accuracy", "perplexity"}
-    assert lm.step_values is not None
-    lm.compile(keras.optimizers.SGD(0.1))
-    assert not lm.reports_steps
+    fit(lm, x)
+    assert listener.values is first  # Only while its own `fit` runs.
 
 
 def test_no_step_is_waited_for(lm):
@@ -555,12 +563,13 @@ class KeptBatches(keras.callbacks.Callback):
 
     first_number = 5
 
-    def __init__(self, *data):
+    def __init__(self, monitor, *data):
         super().__init__()
+        self._monitor = monitor
         self._data = data
 
     def on_train_begin(self, logs=None):
-        self.model.train_batches = self
+        self._monitor.set_train_batches(self)
 
     def batch(self, number):
         if not self._data:
@@ -576,17 +585,17 @@ def broken(lm):
     y = np.roll(x["token_ids"], -1, axis=1)
     weights = np.ones(y.shape, "float32")
     weights[2 * BATCH_SIZE :] = 3e38  # Whose sum is beyond float32.
-    yield dict(x=x, y=y, sample_weight=weights)
-    lm.train_batches = None
+    return dict(x=x, y=y, sample_weight=weights)
 
 
 def test_a_loss_that_is_not_finite(lm, broken, tmp_path):
     x, y, weights = broken.values()
+    monitor = Monitor(tmp_path / "run")
     with pytest.raises(FloatingPointError, match="of step 3 is not") as error:
         fit(
             lm,
             **broken,
-            callbacks=[Monitor(tmp_path / "run"), KeptBatches(x, y, weights)],
+            callbacks=[monitor, KeptBatches(monitor, x, y, weights)],
         )
     path = tmp_path / "run" / "non_finite_step_3.npz"
     assert f"Its batch is saved to {path}." in str(error.value)
@@ -607,22 +616,23 @@ def test_tokens_beyond_the_vocabulary(lm, tmp_path):
     x["token_ids"][BATCH_SIZE, 3] = lm.backbone.vocabulary_size
     # Arrays would be refused.
     data = tf.data.Dataset.from_tensor_slices(x).batch(BATCH_SIZE)
-    callbacks = [Monitor(tmp_path / "run"), KeptBatches(x)]
+    monitor = Monitor(tmp_path / "run")
+    callbacks = [monitor, KeptBatches(monitor, x)]
     with pytest.raises(FloatingPointError, match="of step 2.*another tokeniz"):
         lm.fit(data, verbose=0, callbacks=callbacks)
-    lm.train_batches = None
 
 
 def test_a_batch_that_is_not_saved(lm, broken, tmp_path):
-    for folder, others, message in (
-        (None, [KeptBatches()], "the monitor has no folder"),
-        (tmp_path, [], "batches are kept for Grain data sets only"),
-        (tmp_path, [KeptBatches()], "could not be read again: .* number=7"),
+    for folder, are_kept, message in (
+        (None, True, "the monitor has no folder"),
+        (tmp_path, False, "batches are kept for Grain data sets only"),
+        (tmp_path, True, "could not be read again: .* number=7"),
     ):
         set_state_of(lm, compiled("plain")[1])
-        lm.train_batches = None
+        monitor = Monitor(folder)
+        others = [KeptBatches(monitor)] if are_kept else []
         with pytest.raises(FloatingPointError, match=message):
-            fit(lm, **broken, callbacks=[Monitor(folder), *others])
+            fit(lm, **broken, callbacks=[monitor, *others])
 
 
 def test_other_processes_stop(lm, broken, tmp_path, monkeypatch):

@@ -15,8 +15,7 @@ from keras_bwetaf.training import (
     recipe,
 )
 from tests import original
-from tests.parity import relative_l2
-from tests.training.test_optimizer_state import (
+from tests.exchange.test_optimizer_state import (
     ADAM,
     assert_same,
     random_state,
@@ -24,6 +23,7 @@ from tests.training.test_optimizer_state import (
     small_lm,
     train_step,
 )
+from tests.parity import relative_l2
 
 SHAPES = {"kernel": (6, 4), "bias": (4,), "scale": (4,)}
 
