@@ -56,7 +56,7 @@ def interrupt(folder, before, **settings):
         return Interrupted(*args, before=before, **kwargs)
 
     with (
-        mock.patch.object(run, "Monitor", monitor),
+        mock.patch.object(runner, "Monitor", monitor),
         pytest.raises(KeyboardInterrupt),
     ):
         keras_bwetaf.train(folder, **settings)
