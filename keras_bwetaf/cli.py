@@ -5,6 +5,7 @@ import dataclasses
 import enum
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -140,9 +141,13 @@ def generate(
         truncation=truncation,
         **settings,
     )
+    _print_pieces([prompt], pieces)
+
+
+def _print_pieces(*parts):
+    """Prints pieces of text as they come, and ends the line."""
     with _interrupts() as interrupted:
-        print(prompt, end="", flush=True)
-        for piece in pieces:
+        for piece in itertools.chain(*parts):
             if interrupted():
                 raise KeyboardInterrupt
             print(piece, end="", flush=True)

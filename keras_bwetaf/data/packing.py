@@ -178,26 +178,15 @@ def pack(
         fresh = _new_index(
             documents, tokenizer, shard_size, validation_fraction, max_tokens
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(folder):
-            if overwrite:
-                _clear(folder)
-            index = _resume(folder, fresh, documents.files)
-            resumed_at = _total(index, "bytes")
-            if not index["complete"]:
-                if documents.files:
-                    listing.write(folder, documents.files)
-                arguments = {
-                    "specification": tokenizer.specification(),
-                    "end_token_id": index["end_token_id"],
-                    "dtype": index["dtype"],
-                    "validation_fraction": validation_fraction,
-                    "is_only": documents.num_documents == 1,
-                }
-                _write_shards(
-                    folder, index, documents, num_workers, arguments, progress
-                )
-        return index, resumed_at, documents.skipped
+        return _write(
+            folder,
+            fresh,
+            documents,
+            tokenizer,
+            num_workers,
+            overwrite,
+            progress,
+        )
 
     packed = in_first_process(write)
     if packed is None:  # Another process did it.
@@ -206,9 +195,9 @@ def pack(
     report = _report(*packed, time.perf_counter() - start)
     if validation_fraction and worker.VALIDATION not in report.tokens:
         warnings.warn(
-            f"{folder}: nothing is held out for validation. Which documents "
-            "are is drawn for each of them, so that takes more or shorter "
-            f"ones. Received: {report.documents} documents, "
+            f"{folder}: nothing is held out for validation. Each document is "
+            "held out or not by chance, so that takes more or shorter ones. "
+            f"Received: {report.documents} documents, "
             f"validation_fraction={validation_fraction}",
             stacklevel=2,
         )
@@ -217,6 +206,37 @@ def pack(
             str(report), highlight=False, markup=False, soft_wrap=True
         )
     return report
+
+
+def _write(
+    folder, fresh, documents, tokenizer, *, num_workers, overwrite, progress
+):
+    """Writes the shards that are missing.
+
+    Returns:
+        Tuple of the index; the bytes of text that had been packed before; and
+        what was left out, as `Documents` has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder):
+        if overwrite:
+            _clear(folder)
+        index = _resume(folder, fresh, documents.files)
+        resumed_at = _total(index, "bytes")
+        if not index["complete"]:
+            if documents.files:
+                listing.write(folder, documents.files)
+            arguments = {
+                "specification": tokenizer.specification(),
+                "end_token_id": index["end_token_id"],
+                "dtype": index["dtype"],
+                "validation_fraction": index["validation_fraction"],
+                "is_only": documents.num_documents == 1,
+            }
+            _write_shards(
+                folder, index, documents, num_workers, arguments, progress
+            )
+    return index, resumed_at, documents.skipped
 
 
 def _checked_arguments(

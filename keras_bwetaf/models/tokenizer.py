@@ -599,18 +599,8 @@ def train_tokenizer(
         tokenizer = keras_bwetaf.train_tokenizer(lines, 16384)
     ```
     """
-    special_tokens = strings("special_tokens", special_tokens)
+    special_tokens = _checked_special_tokens(special_tokens)
     min_frequency = checked_int("min_frequency", min_frequency, 0)
-    if (
-        len(set(special_tokens)) != len(special_tokens)
-        or len(special_tokens) < 2
-        or "" in special_tokens
-    ):
-        raise ValueError(
-            "`special_tokens` must be different strings: the end token, the "
-            "token for unknown bytes, then any more. Received: "
-            f"special_tokens={special_tokens}"
-        )
     smallest = len(BYTE_ALPHABET) + len(special_tokens)
     if not is_int(vocabulary_size) or vocabulary_size < smallest:
         raise ValueError(
@@ -623,25 +613,13 @@ def train_tokenizer(
             "`texts` must be an iterable of strings, not one string: pass "
             f"[text]. Received: texts={texts[:40]!r}"
         )
-    num_characters = 0
-
-    def checked_texts():
-        nonlocal num_characters
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(
-                    "`texts` must be strings. Received: "
-                    f"texts[{index}]={text!r} of type {type(text).__name__}"
-                )
-            num_characters += len(text)
-            yield text
-
     end_token, unk_token = special_tokens[:2]
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token=unk_token))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFD(), normalizers.StripAccents()]
     )
     pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # The cut is for training alone; a text is tokenized without it.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pieces, pre_tokenizers.FixedLength(LONGEST_PIECE)]
     )
@@ -653,11 +631,39 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(checked_texts(), trainer=trainer)
+    tokenizer.train_from_iterator(_checked_texts(texts), trainer=trainer)
     tokenizer.pre_tokenizer = pieces
+    return BwETAFTokenizer(tokenizer, end_token=end_token, unk_token=unk_token)
+
+
+def _checked_special_tokens(special_tokens):
+    special_tokens = strings("special_tokens", special_tokens)
+    if (
+        len(set(special_tokens)) != len(special_tokens)
+        or len(special_tokens) < 2
+        or "" in special_tokens
+    ):
+        raise ValueError(
+            "`special_tokens` must be different strings: the end token, the "
+            "token for unknown bytes, then any more. Received: "
+            f"special_tokens={special_tokens}"
+        )
+    return special_tokens
+
+
+def _checked_texts(texts):
+    """Yields the texts to train on, of which there must be some."""
+    num_characters = 0
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                "`texts` must be strings. Received: "
+                f"texts[{index}]={text!r} of type {type(text).__name__}"
+            )
+        num_characters += len(text)
+        yield text
     if num_characters == 0:
         raise ValueError(
             "`texts` must contain text to train on. Received: no texts, or "
             "only empty ones"
         )
-    return BwETAFTokenizer(tokenizer, end_token=end_token, unk_token=unk_token)

@@ -312,35 +312,40 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 store.delete_after(self._step)  # What is damaged.
                 self._tell(epochs, verbose)
             self._store = store
-            training = _OneTraining(
-                [*self._others, self],
-                add_progbar=verbose != 0,
-                verbose=verbose,
-                epochs=epochs,
-                steps=steps_per_epoch,
-                model=model,
-            )
             try:
-                for first, last, first_step in self._parts(epochs):
-                    if model.stop_training:
-                        break
-                    if self._step:
-                        batches.go_to(batches.position(self._step))
-                    training.first_step = first_step
-                    fit(
-                        callbacks=training,
-                        initial_epoch=first,
-                        epochs=last,
-                        steps_per_epoch=steps_per_epoch - first_step,
-                        verbose=verbose,
-                        **arguments,
-                    )
-                training.end()
+                self._fit_parts(fit, model, epochs, verbose, arguments)
             finally:
                 self._store = None
         if self._signal:  # While the last checkpoint was written.
             self._exit()
         return history
+
+    def _fit_parts(self, fit, model, epochs, verbose, arguments):
+        """Trains what is left, each part in a `fit` of Keras."""
+        training = _OneTraining(
+            [*self._others, self],
+            add_progbar=verbose != 0,
+            verbose=verbose,
+            epochs=epochs,
+            steps=self._steps_per_epoch,
+            model=model,
+        )
+        for first, last, first_step in self._parts(epochs):
+            if model.stop_training:
+                break
+            if self._step:
+                position = self._batches.position(self._step)
+                self._batches.go_to(position)
+            training.first_step = first_step
+            fit(
+                callbacks=training,
+                initial_epoch=first,
+                epochs=last,
+                steps_per_epoch=self._steps_per_epoch - first_step,
+                verbose=verbose,
+                **arguments,
+            )
+        training.end()
 
     def _tell(self, epochs, verbose):
         """Says what is left. That nothing is must not go unnoticed."""
