@@ -14,6 +14,9 @@ DType = str | keras.DTypePolicy
 Seed = int | Sequence[int]
 
 
+Remat = Literal["none", "attention", "block", "full"]
+
+
 class BackboneConfig(TypedDict, total=False):
     """Of `BwETAFBackbone`, but for the dtype."""
 
@@ -102,7 +105,7 @@ class TrainingOptions(TypedDict, total=False):
     sequence_length: int | None
     batch_size: int
     gradient_accumulation_steps: int
-    remat: Literal["none", "attention", "block", "full"]
+    remat: Remat
     dtype: Literal[
         "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16"
     ]

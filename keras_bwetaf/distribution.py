@@ -19,6 +19,7 @@ import collections
 import math
 import re
 import warnings
+from collections.abc import Sequence
 
 import jax
 import keras
@@ -34,7 +35,9 @@ from keras_bwetaf.processes import is_first_process
 BATCH, MODEL = "batch", "model"
 
 
-def data_parallel(devices=None):
+def data_parallel(
+    devices: Sequence[str] | None = None,
+) -> keras.distribution.Distribution:
     """Each device has all weights and works on its part of a batch's rows.
 
     The fastest, as long as weights and optimizer state fit on a device.
@@ -48,7 +51,9 @@ def data_parallel(devices=None):
     return Sharding(_mesh(devices))
 
 
-def fully_sharded(devices=None):
+def fully_sharded(
+    devices: Sequence[str] | None = None,
+) -> keras.distribution.Distribution:
     """As `data_parallel`, with weights and optimizer state split, too.
 
     A device keeps a part of each weight. For a step of training, the weights
@@ -64,7 +69,11 @@ def fully_sharded(devices=None):
     return Sharding(_mesh(devices), data_parallel_dim_name=BATCH)
 
 
-def model_parallel(model, fully_sharded=False, devices=None):
+def model_parallel(
+    model: int,
+    fully_sharded: bool = False,
+    devices: Sequence[str] | None = None,
+) -> keras.distribution.Distribution:
     """Groups of devices work together on the same rows.
 
     The feed-forward network and the vocabulary are split over the devices of
@@ -167,7 +176,7 @@ class Sharding(keras.distribution.ModelParallel):
         return super().get_data_layout(data_shape)
 
 
-def describe(model):
+def describe(model: keras.Model) -> None:
     """Prints where the variables of a model and of its optimizer are.
 
     Layers that are alike share a line, and so do the moments of weights that

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 
@@ -73,7 +74,7 @@ class PresetFiles:
         return self.folder / hub.TOKENIZERS[self.layout]
 
 
-def list_presets():
+def list_presets() -> dict[str, dict[str, Any]]:
     """The models that `from_preset` knows by name.
 
     Returns:

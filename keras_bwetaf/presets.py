@@ -1,9 +1,18 @@
 """`from_preset`: a name, a repository or a folder -> a model."""
 
+from typing import Unpack
+
+from keras_bwetaf.arguments import BackboneConfig, DType, PathLike
 from keras_bwetaf.models.causal_lm import BwETAFCausalLM
 
 
-def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
+def from_preset(
+    preset: PathLike,
+    dtype: DType | None = None,
+    load_weights: bool = True,
+    revision: str | None = None,
+    **config: Unpack[BackboneConfig],
+) -> BwETAFCausalLM:
     """Loads a model with its tokenizer.
 
     A repository is downloaded once, by `huggingface_hub` and its settings

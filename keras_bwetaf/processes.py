@@ -25,13 +25,13 @@ ADVICE = (
 
 
 def initialize(
-    coordinator_address=None,
-    num_processes=None,
-    process_id=None,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     *,
-    heartbeat_timeout_seconds=30,
-    initialization_timeout_seconds=300,
-):
+    heartbeat_timeout_seconds: int = 30,
+    initialization_timeout_seconds: int = 300,
+) -> None:
     """Makes this process one of several that train one model together.
 
     Each process runs the same script, and calls this before anything that
@@ -120,7 +120,7 @@ def initialize(
         keras.config.disable_interactive_logging()
 
 
-def is_first_process():
+def is_first_process() -> bool:
     """Whether this process is the one that prints, and writes files.
 
     Example:

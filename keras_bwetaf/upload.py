@@ -10,6 +10,7 @@ import huggingface_hub
 import keras_hub
 
 import converters
+from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.preset_files import backbone_config
 
 HUB = "hf://"
@@ -37,7 +38,7 @@ lm.generate("Once upon a time", max_new_tokens=64)
 """
 
 
-def upload_preset(uri, preset):
+def upload_preset(uri: str, preset: PathLike) -> None:
     """Uploads a model to a hub, as `keras_hub.upload_preset` does.
 
     A repository of the Hugging Face Hub that has no model card gets the

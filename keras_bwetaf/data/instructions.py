@@ -5,7 +5,7 @@ import collections.abc
 import functools
 import os
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,18 +39,18 @@ class _Example(NamedTuple):
 
 
 def load_instructions(
-    examples,
-    tokenizer,
+    examples: Any,
+    tokenizer: Any,
     *,
-    sequence_length,
-    batch_size,
-    truncation=None,
-    seed=0,
-    shuffle=True,
-    repeat=True,
-    process_index=None,
-    process_count=None,
-):
+    sequence_length: int,
+    batch_size: int,
+    truncation: Any = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    repeat: bool = True,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> Any:
     """Loads prompts and responses as a data set for `fit` and `evaluate`.
 
     The model learns to predict the tokens of a response, and the end token
@@ -145,7 +145,7 @@ def load_instructions(
     )
 
 
-def chat_prompt(messages, template=CHAT_TEMPLATE):
+def chat_prompt(messages: Any, template: str = CHAT_TEMPLATE) -> str:
     """The text that a model is to continue with the assistant's answer.
 
     Args:

@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import is_int
 from keras_bwetaf.data.batching import (
     ENDLESS,
@@ -106,20 +109,22 @@ class _Rows:
 
 
 def load_packed(
-    source,
+    source: PathLike
+    | Mapping[PathLike, float]
+    | Sequence[tuple[Any, int | None]],
     *,
-    sequence_length,
-    batch_size,
-    split="train",
-    seed=0,
-    shuffle=True,
-    repeat=None,
-    process_index=None,
-    process_count=None,
-    tokenizer=None,
-    vocabulary_size=None,
-    verify=True,
-):
+    sequence_length: int,
+    batch_size: int,
+    split: Literal["train", "validation"] = "train",
+    seed: int = 0,
+    shuffle: bool = True,
+    repeat: bool | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    tokenizer: Any = None,
+    vocabulary_size: int | None = None,
+    verify: bool = True,
+) -> Any:
     """Loads packed tokens as a data set for `fit` and `evaluate`.
 
     Rows of `sequence_length` tokens are cut from the stream of tokens, one
@@ -302,7 +307,7 @@ def _mixture(source):
     return {Path(path): weight for path, weight in mixture.items()}
 
 
-def document_numbers(token_ids, end_token_id):
+def document_numbers(token_ids: Any, end_token_id: int) -> np.ndarray:
     """The `padding_mask` of rows that hold several documents.
 
     Args:

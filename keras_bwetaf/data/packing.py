@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+from typing import Any, Literal
 
 import filelock
 import numpy as np
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from converters.files import local_path, new_file
+from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import is_number, positive_int
 from keras_bwetaf.data import listing, worker
 from keras_bwetaf.data.index import (
@@ -89,20 +91,20 @@ class PackingReport:
 
 
 def pack(
-    source,
-    folder,
-    tokenizer,
+    source: Any,
+    folder: PathLike,
+    tokenizer: Any,
     *,
-    split="train",
-    column="text",
-    errors="strict",
-    num_workers=None,
-    shard_size=2**25,
-    validation_fraction=0.0,
-    max_tokens=None,
-    overwrite=False,
-    progress=True,
-):
+    split: str = "train",
+    column: str = "text",
+    errors: Literal["strict", "replace"] = "strict",
+    num_workers: int | None = None,
+    shard_size: int = 2**25,
+    validation_fraction: float = 0.0,
+    max_tokens: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PackingReport:
     """Tokenizes documents and writes them to a folder of token shards.
 
     The end token is appended to each document; documents without a token

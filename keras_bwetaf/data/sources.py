@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+from typing import Any, Literal
 
 from keras_bwetaf.data import files, formats, hub_files
 from keras_bwetaf.data.documents import Documents, missing_column
@@ -24,7 +25,13 @@ NAMES = {
 }
 
 
-def read_documents(source, split="train", column="text", *, errors="strict"):
+def read_documents(
+    source: Any,
+    split: str = "train",
+    column: str = "text",
+    *,
+    errors: Literal["strict", "replace"] = "strict",
+) -> Documents:
     """Opens a source of documents.
 
     | source | |

@@ -1,9 +1,10 @@
 """Which data `fit` can go back to, a batch at a time."""
 
 import sys
+from typing import Any
 
 
-def track(data):
+def track(data: Any) -> Any:
     """Numbers the batches of a Grain data set by the steps of `fit`.
 
     `fit` does it with its data. Pass it `track(data)` to read a batch again

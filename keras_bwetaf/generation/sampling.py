@@ -62,12 +62,12 @@ class BwETAFSampler(keras_hub.samplers.Sampler):
 
     def __init__(
         self,
-        temperature=0.8,
-        top_k=0,
-        top_p=0.92,
-        min_p=0.0,
-        repetition_penalty=1.0,
-        seed=None,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.92,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
     ):
         temperature = checked_number(
             "temperature", temperature, lambda x: x >= 0, "at least 0"

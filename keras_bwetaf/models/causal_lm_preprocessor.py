@@ -1,9 +1,12 @@
 """Strings to padded token ids and back, for training and generation."""
 
+from typing import Any, Self
+
 import keras
 import keras_hub
 import numpy as np
 
+from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.loading import load_preprocessor
@@ -55,11 +58,11 @@ class BwETAFCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     def __init__(
         self,
-        tokenizer,
-        sequence_length=1024,
-        add_start_token=False,
-        add_end_token=True,
-        **kwargs,
+        tokenizer: BwETAFTokenizer,
+        sequence_length: int = 1024,
+        add_start_token: bool = False,
+        add_end_token: bool = True,
+        **kwargs: Any,
     ):
         if add_start_token:
             raise ValueError(
@@ -76,7 +79,9 @@ class BwETAFCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         )
 
     @classmethod
-    def from_preset(cls, preset, *, revision=None, **options):
+    def from_preset(
+        cls, preset: PathLike, *, revision: str | None = None, **options: Any
+    ) -> Self:
         """Loads the preprocessor of a preset; no weights are downloaded.
 
         Args:

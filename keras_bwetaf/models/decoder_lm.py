@@ -1,13 +1,16 @@
 """A causal LM of any of this package's decoders: graph, saving, loading."""
 
 import os
+from typing import Any, Literal, Self, Unpack
 
 import keras
+import keras_hub
 
 import converters
 from converters import keras_folder
 from converters.files import local_path
 from converters.hub import local_folder
+from keras_bwetaf.arguments import BackboneConfig, DType, PathLike
 from keras_bwetaf.exchange.export import as_checkpoint
 from keras_bwetaf.exchange.optimizer_state import load_optimizer_state
 from keras_bwetaf.models.backbone import check_keywords
@@ -35,7 +38,12 @@ class CausalLM(Trainer):
             token ids.
     """
 
-    def __init__(self, backbone, preprocessor=None, **kwargs):
+    def __init__(
+        self,
+        backbone: keras_hub.models.Backbone,
+        preprocessor: keras_hub.models.CausalLMPreprocessor | None = None,
+        **kwargs: Any,
+    ):
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -49,14 +57,16 @@ class CausalLM(Trainer):
     @classmethod
     def from_preset(
         cls,
-        preset,
-        load_weights=True,
+        preset: PathLike,
+        load_weights: bool = True,
         *,
-        dtype=None,
-        revision=None,
-        preprocessor="auto",
-        **config,
-    ):
+        dtype: DType | None = None,
+        revision: str | None = None,
+        preprocessor: keras_hub.models.CausalLMPreprocessor
+        | Literal["auto"]
+        | None = "auto",
+        **config: Unpack[BackboneConfig],
+    ) -> Self:
         """Loads a model with its tokenizer: see `keras_bwetaf.from_preset`.
 
         Args:
@@ -94,8 +104,11 @@ class CausalLM(Trainer):
         return super()._run_through_graph(inputs, tied, call_fn)
 
     def save_to_preset(
-        self, preset_dir, max_shard_size=10, include_optimizer=False
-    ):
+        self,
+        preset_dir: PathLike,
+        max_shard_size: float = 10,
+        include_optimizer: bool = False,
+    ) -> None:
         """Saves the model to a folder that `from_preset` loads.
 
         LoRA's products are saved in the weights that they belong to. The
@@ -132,7 +145,9 @@ class CausalLM(Trainer):
         if checkpoint:
             keras_folder.write_optimizer(folder, checkpoint)
 
-    def export_to_transformers(self, path, overwrite=False):
+    def export_to_transformers(
+        self, path: PathLike, overwrite: bool = False
+    ) -> None:
         """Writes a folder that `transformers` loads, and what builds on it.
 
         `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`
@@ -157,7 +172,7 @@ class CausalLM(Trainer):
                 overwrite=overwrite,
             )
 
-    def load_optimizer(self, source):
+    def load_optimizer(self, source: PathLike) -> None:
         """Goes on with the optimizer's state of a checkpoint.
 
         Load the weights of the same checkpoint with `from_preset`, compile

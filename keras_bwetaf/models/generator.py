@@ -1,8 +1,12 @@
 """How a causal LM continues prompts: batches, streaming, stop strings."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Unpack, overload
+
 import keras_hub
 import numpy as np
 
+from keras_bwetaf.arguments import Sampling, Seed
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.generation.decoding import Decoder
 from keras_bwetaf.generation.generation import Generation
@@ -18,6 +22,7 @@ from keras_bwetaf.generation.streaming import TextStream
 # Often enough that a keyboard interrupt is answered within a second or two,
 # seldom enough to cost nothing.
 TOKENS_PER_DISPATCH = 64
+StopTokens = Sequence[int] | Literal["auto"] | None
 
 
 class Generator(keras_hub.models.CausalLM):
@@ -33,19 +38,64 @@ class Generator(keras_hub.models.CausalLM):
             self.generate_function = Decoder(self)
         return self.generate_function
 
+    @overload
     def generate(
         self,
-        inputs,
-        max_length=None,
-        stop_token_ids="auto",
-        strip_prompt=False,
+        inputs: str,
+        max_length: int | None = None,
+        stop_token_ids: StopTokens = "auto",
+        strip_prompt: bool = False,
         *,
-        max_new_tokens=None,
-        stop_strings=None,
-        truncation=None,
-        seed=None,
-        **sampling,
-    ):
+        max_new_tokens: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        truncation: Literal["left"] | None = None,
+        seed: Seed | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Sequence[str],
+        max_length: int | None = None,
+        stop_token_ids: StopTokens = "auto",
+        strip_prompt: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        truncation: Literal["left"] | None = None,
+        seed: Seed | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Mapping[str, Any],
+        max_length: int | None = None,
+        stop_token_ids: StopTokens = "auto",
+        strip_prompt: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        stop_strings: None = None,
+        truncation: Literal["left"] | None = None,
+        seed: Seed | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> dict[str, np.ndarray]: ...
+
+    def generate(
+        self,
+        inputs: Any,
+        max_length: int | None = None,
+        stop_token_ids: Sequence[int] | Literal["auto"] | None = "auto",
+        strip_prompt: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        truncation: Literal["left"] | None = None,
+        seed: Seed | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Any:
         """Continues prompts.
 
         Args:
@@ -162,17 +212,17 @@ class Generator(keras_hub.models.CausalLM):
 
     def stream(
         self,
-        prompt,
-        max_length=None,
-        stop_token_ids="auto",
+        prompt: str,
+        max_length: int | None = None,
+        stop_token_ids: Sequence[int] | Literal["auto"] | None = "auto",
         *,
-        max_new_tokens=None,
-        stop_strings=None,
-        truncation=None,
-        seed=None,
-        tokens_per_dispatch=8,
-        **sampling,
-    ):
+        max_new_tokens: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        truncation: Literal["left"] | None = None,
+        seed: int | None = None,
+        tokens_per_dispatch: int = 8,
+        **sampling: Unpack[Sampling],
+    ) -> Iterator[str]:
         """Continues a prompt and yields the text as it is made.
 
         The pieces put together are what `generate` returns with

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import keras
 import keras_hub
@@ -14,6 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from converters.files import read_bytes
+from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import checked_int, is_int, strings
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.loading import load_tokenizer
@@ -107,11 +110,11 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
 
     def __init__(
         self,
-        tokenizer=None,
-        end_token="<|EOS|>",
-        unk_token="<|UK|>",
-        dtype="int32",
-        **kwargs,
+        tokenizer: tokenizers.Tokenizer | PathLike | None = None,
+        end_token: str = "<|EOS|>",
+        unk_token: str = "<|UK|>",
+        dtype: str = "int32",
+        **kwargs: Any,
     ):
         super().__init__(dtype=dtype, **kwargs)
         if "int" not in self.compute_dtype:
@@ -142,7 +145,9 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
             )
 
     @classmethod
-    def from_preset(cls, preset, revision=None, **kwargs):
+    def from_preset(
+        cls, preset: PathLike, revision: str | None = None, **kwargs: Any
+    ) -> Self:
         """Loads the tokenizer of a preset; no weights are downloaded.
 
         Args:
@@ -454,21 +459,21 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
     def call(self, inputs, *args, training=None, **kwargs):
         return self.tokenize(inputs, *args, **kwargs)
 
-    def vocabulary_size(self):
+    def vocabulary_size(self) -> int:
         """Returns the number of tokens, special ones included."""
         self._check_loaded()
         return self._tokenizer.get_vocab_size()
 
-    def get_vocabulary(self):
+    def get_vocabulary(self) -> list[str]:
         """Returns the tokens as a list of str, in the order of their ids."""
         return [self.id_to_token(id) for id in range(self.vocabulary_size())]
 
-    def id_to_token(self, id):
+    def id_to_token(self, id: int) -> str:
         """Returns the token of an id as it is in the vocabulary."""
         (id,) = self._checked_ids(id)
         return self._tokenizer.id_to_token(id)
 
-    def token_to_id(self, token):
+    def token_to_id(self, token: str) -> int:
         """Returns the id of a token of the vocabulary."""
         self._check_loaded()
         id = self._tokenizer.token_to_id(token)
@@ -485,7 +490,7 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
         self._check_loaded()
         return self._content
 
-    def specification(self):
+    def specification(self) -> str:
         """The JSON of a `tokenizers.Tokenizer` to which all text is plain.
 
         Special tokens in a text are text to it, as to `tokenize`.
@@ -557,13 +562,13 @@ def _as_str(text):
 
 
 def train_tokenizer(
-    texts,
-    vocabulary_size,
+    texts: Iterable[str],
+    vocabulary_size: int,
     *,
-    min_frequency=6,
-    special_tokens=("<|EOS|>", "<|UK|>"),
-    show_progress=False,
-):
+    min_frequency: int = 6,
+    special_tokens: Sequence[str] = ("<|EOS|>", "<|UK|>"),
+    show_progress: bool = False,
+) -> BwETAFTokenizer:
     """Trains a tokenizer with the settings of BwETAFv3.
 
     The same texts and settings give the same tokenizer file as the original

@@ -1,12 +1,14 @@
 """What `fit`, `evaluate` and `predict` of a causal LM do beside Keras's."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 import keras
 import keras_hub
 import numpy as np
 
+from keras_bwetaf.arguments import CompileOptions, FitOptions, Remat
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.data.tracking import track
 from keras_bwetaf.generation.sampling import BwETAFSampler, from_keras_hub
@@ -45,16 +47,16 @@ class Trainer(Generator):
 
     def compile(
         self,
-        optimizer="auto",
-        loss="auto",
+        optimizer: keras.optimizers.Optimizer | str | None = "auto",
+        loss: Any = "auto",
         *,
-        metrics=None,
-        weighted_metrics="auto",
-        sampler="auto",
-        remat="none",
-        gradient_accumulation_steps=1,
-        **kwargs,
-    ):
+        metrics: Any = None,
+        weighted_metrics: Any = "auto",
+        sampler: keras_hub.samplers.Sampler | str = "auto",
+        remat: Remat | Sequence[Remat] = "none",
+        gradient_accumulation_steps: int = 1,
+        **kwargs: Unpack[CompileOptions],
+    ) -> None:
         """Configures training and generation.
 
         The default loss is the mean cross-entropy of the next token. Head and
@@ -182,18 +184,20 @@ class Trainer(Generator):
     @running
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        sample_weight=None,
-        validation_data=None,
-        validation_split=None,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        validation_data: Any = None,
+        validation_split: float | None = None,
         *,
-        callbacks=None,
-        shuffle=None,
-        class_weight=None,
-        **kwargs,
-    ):
+        callbacks: Sequence[keras.callbacks.Callback]
+        | keras.callbacks.Callback
+        | None = None,
+        shuffle: bool | None = None,
+        class_weight: None = None,
+        **kwargs: Unpack[FitOptions],
+    ) -> keras.callbacks.History:
         """Trains the model. See `keras.Model.fit`.
 
         On several devices, the last batch of strings or arrays is filled up
@@ -300,8 +304,13 @@ class Trainer(Generator):
 
     @running
     def evaluate(
-        self, x=None, y=None, batch_size=None, sample_weight=None, **kwargs
-    ):
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Means over tokens. See `keras.Model.evaluate`, and `fit`."""
         evaluate = super().evaluate
         is_within_fit = kwargs.get("_use_cached_eval_dataset", False)
@@ -316,7 +325,9 @@ class Trainer(Generator):
             )
 
     @running
-    def predict(self, x=None, batch_size=None, **kwargs):
+    def predict(
+        self, x: Any = None, batch_size: int | None = None, **kwargs: Any
+    ) -> np.ndarray:
         """Logits. See `keras.Model.predict`, and `fit`."""
         predict, data = super().predict, x
         if not fit_data.is_for_keras_hub(x):

@@ -7,12 +7,14 @@ import json
 import math
 import warnings
 from pathlib import Path
+from typing import Unpack
 
 import jax
 import keras
 
 from converters.files import local_path, new_file, read_json_or_none
 from keras_bwetaf import distribution, preset_files, presets
+from keras_bwetaf.arguments import PathLike, TrainingOptions
 from keras_bwetaf.data import load_packed, pack, read_documents
 from keras_bwetaf.data.index import FILE_NAME, read_index
 from keras_bwetaf.data.packing import clear
@@ -55,7 +57,9 @@ HELD_OUT, HELD_OUT_OF_ONE = 0.01, 0.1
 TENSORBOARD = "tensorboard"
 
 
-def train(folder, **settings):
+def train(
+    folder: PathLike, **settings: Unpack[TrainingOptions]
+) -> BwETAFCausalLM:
     """Trains a model, from text to a folder that `from_preset` loads.
 
     The folder gets the resolved settings (`config.yaml`), packed tokens

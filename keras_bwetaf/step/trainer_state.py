@@ -13,10 +13,14 @@ import contextlib
 import functools
 import signal
 import threading
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+P = ParamSpec("P")
+R = TypeVar("R")
 PARTS = (  # Of a state, in Keras's order.
     "trainable_variables",
     "non_trainable_variables",
@@ -25,7 +29,7 @@ PARTS = (  # Of a state, in Keras's order.
 )
 
 
-def running(method):
+def running(method: Callable[P, R]) -> Callable[P, R]:
     """Wraps a method of a model in `TrainerState.running`.
 
     Args:

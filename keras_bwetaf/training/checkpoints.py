@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 
 from converters.files import local_path
 from keras_bwetaf import processes
+from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import checked_int
 from keras_bwetaf.training.checkpoint_store import (
     CheckpointStore,
@@ -100,14 +102,14 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     def __init__(
         self,
-        folder,
+        folder: PathLike,
         *,
-        save_every,
-        keep_last=3,
-        keep_best=1,
-        monitor="val_loss",
-        mode="min",
-        on_damage="raise",
+        save_every: int,
+        keep_last: int = 3,
+        keep_best: int = 1,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        on_damage: Literal["raise", "previous"] = "raise",
     ):
         super().__init__()
         for name, value, values in (
@@ -128,7 +130,12 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self.on_damage = on_damage
         self._store = None
 
-    def restore(self, model, step="latest", include_optimizer=False):
+    def restore(
+        self,
+        model: keras.Model,
+        step: int | Literal["latest", "best"] = "latest",
+        include_optimizer: bool = False,
+    ) -> dict[str, Any]:
         """Puts the weights of a checkpoint into a model.
 
         Args:

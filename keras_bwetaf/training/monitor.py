@@ -13,6 +13,7 @@ import rich.table
 
 from converters.files import local_path, new_file
 from keras_bwetaf import processes
+from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.layers.attention import chosen_attention
 from keras_bwetaf.optional import import_optional
@@ -80,7 +81,12 @@ class Monitor(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, folder=None, total_steps=None, every=100):
+    def __init__(
+        self,
+        folder: PathLike | None = None,
+        total_steps: int | None = None,
+        every: int = 100,
+    ):
         super().__init__()
         if total_steps is not None:
             total_steps = positive_int("total_steps", total_steps)

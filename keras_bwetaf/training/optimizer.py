@@ -1,3 +1,5 @@
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -40,14 +42,15 @@ class AdamW(keras.optimizers.AdamW):
 
     def __init__(
         self,
-        learning_rate=0.001,
-        weight_decay=0.004,
-        beta_1=0.9,
-        beta_2=0.999,
-        epsilon=1e-8,
-        moments_dtype=None,
-        decay_vectors=True,
-        **kwargs,
+        learning_rate: float
+        | keras.optimizers.schedules.LearningRateSchedule = 0.001,
+        weight_decay: float | None = 0.004,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        moments_dtype: str | None = None,
+        decay_vectors: bool = True,
+        **kwargs: Any,
     ):
         if kwargs.get("amsgrad"):
             raise ValueError("`amsgrad` is not supported. Received: True")

@@ -1,10 +1,12 @@
 """Pictures of a training, in files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from converters.files import local_path, new_file
+from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.optional import import_optional
 from keras_bwetaf.training.statistics import read_statistics, smooth
 
@@ -30,7 +32,7 @@ class Picture(type(Path())):
         return self.read_bytes() if is_shown else None
 
 
-def plot_losses(source, path=None):
+def plot_losses(source: Any, path: PathLike | None = None) -> Any:
     """Draws the losses of a training, and its learning rate.
 
     The loss of every step is light, its exponential mean strong. The files
@@ -109,7 +111,9 @@ def plot_losses(source, path=None):
     return _save(figure, path)
 
 
-def plot_statistics(statistics, path, quantity="norm"):
+def plot_statistics(
+    statistics: Any, path: PathLike, quantity: str = "norm"
+) -> Any:
     """Draws a quantity of every tensor as a bar.
 
     Args:

@@ -1,10 +1,12 @@
 """Optimizers with their settings, by name."""
 
 import math
+from typing import Literal, Unpack
 
 import keras
 from keras import ops
 
+from keras_bwetaf.arguments import RecipeChanges
 from keras_bwetaf.checks import is_number
 from keras_bwetaf.training.optimizer import AdamW
 
@@ -36,7 +38,11 @@ OPTIONAL = ("weight_decay", "global_clipnorm")
 DECAYS = ("cosine", "linear")
 
 
-def recipe(name, total_steps, **changes):
+def recipe(
+    name: Literal["97m", "small"],
+    total_steps: int,
+    **changes: Unpack[RecipeChanges],
+) -> AdamW:
     """An optimizer with the settings of a training that is known to work.
 
     `"97m"` is the card's: AdamW on all weights, norms and biases included,
@@ -135,12 +141,12 @@ class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
     def __init__(
         self,
         *,
-        initial_learning_rate,
-        peak_learning_rate,
-        final_learning_rate,
-        warmup_steps,
-        total_steps,
-        decay="cosine",
+        initial_learning_rate: float,
+        peak_learning_rate: float,
+        final_learning_rate: float,
+        warmup_steps: int,
+        total_steps: int,
+        decay: Literal["cosine", "linear"] = "cosine",
     ):
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(

@@ -1,9 +1,12 @@
 """What a model writes while it is trained."""
 
 import textwrap
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
+from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.optional import import_optional
 from keras_bwetaf.processes import is_first_process
 
@@ -39,7 +42,12 @@ class Samples(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, prompts, max_new_tokens=64, *, monitor=None, log_dir=None
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 64,
+        *,
+        monitor: Any = None,
+        log_dir: PathLike | None = None,
     ):
         super().__init__()
         is_list = isinstance(prompts, list | tuple) and len(prompts)
