@@ -37,7 +37,7 @@ BATCH, MODEL = "batch", "model"
 
 def data_parallel(
     devices: Sequence[str] | None = None,
-) -> keras.distribution.Distribution:
+) -> "Sharding":
     """Each device has all weights and works on its part of a batch's rows.
 
     The fastest, as long as weights and optimizer state fit on a device.
@@ -53,7 +53,7 @@ def data_parallel(
 
 def fully_sharded(
     devices: Sequence[str] | None = None,
-) -> keras.distribution.Distribution:
+) -> "Sharding":
     """As `data_parallel`, with weights and optimizer state split, too.
 
     A device keeps a part of each weight. For a step of training, the weights
@@ -73,7 +73,7 @@ def model_parallel(
     model: int,
     fully_sharded: bool = False,
     devices: Sequence[str] | None = None,
-) -> keras.distribution.Distribution:
+) -> "Sharding":
     """Groups of devices work together on the same rows.
 
     The feed-forward network and the vocabulary are split over the devices of

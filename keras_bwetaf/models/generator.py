@@ -208,6 +208,7 @@ class Generator(keras_hub.models.CausalLM):
         )
         inputs = {name: np.asarray(value) for name, value in inputs.items()}
         outputs = self._generate_ids(inputs, strip_prompt, options)
+        outputs["padding_mask"] = outputs["padding_mask"].astype("bool")
         return self.preprocessor.generate_postprocess(outputs)
 
     def stream(
