@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from keras_bwetaf.layers.sharding import (
     device_axes,
     mesh,
-    on_each_device,
+    shard_mapped,
     split_heads,
 )
 
@@ -323,7 +323,7 @@ def splash_attention(query, key, value, padding_mask):
     documents = jnp.pad(padding_mask.astype("int32"), ((0, 0), (0, missing)))
     rows, heads = device_axes(key.shape[0], key.shape[2])
     by_head = PartitionSpec(rows, heads)
-    attended = on_each_device(
+    attended = shard_mapped(
         _splash_kernel,
         in_specs=(by_head, by_head, by_head, PartitionSpec(rows)),
         out_specs=by_head,

@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_bwetaf.layers import initializers
+from keras_bwetaf.layers import initializers, low_rank
 from keras_bwetaf.layers.sharding import (
     halves_from_shards,
     halves_to_shards,
@@ -69,7 +69,7 @@ class _Dense(keras.layers.EinsumDense):
             x = ops.einsum(
                 "btr,ur->btu", x, reordered(self.lora_kernel_a, output_axis=0)
             )
-            outputs += x * (self.lora_alpha / self.lora_rank)
+            outputs += x * low_rank.scale(self)
         if self.bias is None:
             return outputs
         return outputs + reordered(self.bias, output_axis=0)

@@ -119,7 +119,7 @@ def split_heads(query, key, value):
     return tuple(_split(x, 2) for x in (query, key, value))
 
 
-def on_each_device(function, in_specs, out_specs):
+def shard_mapped(function, in_specs, out_specs):
     """A function that each device runs on what it has, without the others.
 
     XLA splits what it knows how to split. It doesn't know Pallas kernels; and
@@ -160,7 +160,7 @@ def by_row(x):
     return jax.make_array_from_callback(x.shape, layout, lambda i: x[i])
 
 
-def on_every_device(x):
+def replicated(x):
     """The same array, whole on each device: what a process can read."""
     return x if mesh() is None else _constrain(x, ())
 
@@ -171,7 +171,7 @@ def num_row_groups():
     return distribution.num_model_replicas if distribution else 1
 
 
-def whole_over_rows(variables, values):
+def gathered_over_batch_axis(variables, values):
     """Weights as devices with different rows need them: the same for all.
 
     A weight that is split over the devices with different rows is put

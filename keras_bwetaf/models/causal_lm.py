@@ -90,7 +90,7 @@ class BwETAFCausalLM(CausalLM):
         # === Functional Model ===
         inputs = backbone.input
         hidden_states = backbone(inputs)
-        outputs = self.head(hidden_states)
+        outputs = backbone.head(hidden_states)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
 
     def compile(
@@ -568,74 +568,6 @@ class BwETAFCausalLM(CausalLM):
                 for name, tensor in checkpoint.optimizer.items()
             },
         )
-
-    def head(self, hidden_states):
-        """Logits of hidden states: their product with the embeddings."""
-        return self.backbone.token_embedding(hidden_states, reverse=True)
-
-    def make_cache(self, batch_size, num_slots):
-        """Empty key/value caches.
-
-        Returns:
-            list with a `(key, value)` tuple for each layer, each
-            `(batch_size * num_key_value_heads, num_slots, head_dim)` of the
-            compute dtype.
-        """
-        caches = []
-        for block in self.backbone.transformer_layers:
-            attention = block.attention
-            shape = (
-                batch_size * attention.num_key_value_heads,
-                num_slots,
-                attention.head_dim,
-            )
-            zeros = keras.ops.zeros(shape, dtype=attention.compute_dtype)
-            caches.append((zeros, zeros))
-        return caches
-
-    def call_with_cache(
-        self,
-        token_ids,
-        cache,
-        cache_index,
-        positions,
-        attention_mask=None,
-        padding_mask=None,
-    ):
-        """The backbone on new tokens, with earlier ones in the cache.
-
-        Args:
-            token_ids: int tensor `(batch, length)`.
-            cache: As `make_cache` returns it.
-            cache_index: int. The slot of the first new token.
-            positions: int tensor `(batch, length)`.
-            attention_mask: bool tensor `(batch, length, num_slots)`, the
-                slots that each new token sees.
-            padding_mask: int tensor `(batch, length)`. Instead of
-                `attention_mask`, where the cache is empty: see
-                `BwETAFBackbone`.
-
-        Returns:
-            Tuple of hidden states `(batch, length, hidden_dim)` and the
-            updated cache.
-        """
-        backbone = self.backbone
-        x = backbone.token_embedding(token_ids)
-        x = backbone.embedding_rotary(x, positions)
-        updated = []
-        for block, layer_cache in zip(
-            backbone.transformer_layers, cache, strict=True
-        ):
-            x, layer_cache = block(
-                x,
-                padding_mask=padding_mask,
-                positions=positions,
-                cache=layer_cache,
-                cache_index=cache_index,
-                attention_mask=attention_mask,
-            )
-            updated.append(layer_cache)
-        return x, updated
 
     def make_generate_function(self):
         """The `Decoder`, whose compiled functions are made on first use."""

@@ -15,6 +15,11 @@ from safetensors.numpy import save
 
 from converters.files import local_path, new_file
 from keras_bwetaf.checks import checked_number, positive_int
+from keras_bwetaf.layers.low_rank import (
+    merged_weight,
+    weight_and_factors,
+    weight_name,
+)
 from keras_bwetaf.processes import gathered, in_first_process
 
 SUFFIX = ".safetensors"
@@ -105,8 +110,8 @@ class LoraBackbone(Backbone):
         layers = self._enabled_lora_layers()
         _check_not_quantized(layers)
         for layer in layers:
-            weight, factors = _weight_and_factors(layer)
-            weight.assign(_merged(layer))
+            weight, factors = weight_and_factors(layer)
+            weight.assign(merged_weight(layer))
             for factor in factors:
                 layer._untrack_variable(factor)
             layer.lora_enabled = False
@@ -260,9 +265,9 @@ def merged_for_saving(backbone):
     weights = {}
     for layer in backbone._lora_layers():
         if layer.quantization_mode is None:
-            weight, _ = _weight_and_factors(layer)
+            weight, _ = weight_and_factors(layer)
             weights[layer] = weight, weight.value
-            weight.assign(_merged(layer))
+            weight.assign(merged_weight(layer))
             layer.lora_enabled = False
     try:
         yield
@@ -282,24 +287,6 @@ def _check_not_quantized(layers):
         )
 
 
-def _merged(layer):
-    """The sum of a layer's weight and LoRA's product, a float32 array."""
-    weight, factors = _weight_and_factors(layer)
-    product = ops.matmul(*factors)
-    return ops.add(weight, layer.lora_alpha / layer.lora_rank * product)
-
-
-def _weight_and_factors(layer):
-    name = _weight_name(layer)
-    factors = [getattr(layer, f"lora_{name}_{x}") for x in "ab"]
-    return getattr(layer, f"_{name}"), factors
-
-
-def _weight_name(layer):
-    is_embedding = isinstance(layer, keras.layers.Embedding)
-    return "embeddings" if is_embedding else "kernel"
-
-
 def _initializers(layer):
     """Those of a layer's factors, made for it alone.
 
@@ -307,7 +294,7 @@ def _initializers(layer):
     numbers for every layer. As in the paper, the factor that meets the inputs
     starts at random, by their number, and the other one at zero.
     """
-    if _weight_name(layer) == "embeddings":
+    if weight_name(layer) == "embeddings":
         return {}  # Keras's are these.
     at_random = keras.initializers.VarianceScaling(
         scale=2.0, mode="fan_out", distribution="uniform"
@@ -372,7 +359,7 @@ def _read(filepath):
 def _check_shapes(filepath, tensors, layers, rank):
     expected = {}
     for layer in layers:
-        name = _weight_name(layer)
+        name = weight_name(layer)
         first, second = getattr(layer, f"_{name}").shape
         expected[f"{layer.path}/lora_{name}_a"] = (first, rank)
         expected[f"{layer.path}/lora_{name}_b"] = (rank, second)
