@@ -34,15 +34,16 @@ class BwETAFBackbone(DecoderBackbone):
     Args:
         vocabulary_size: int. Number of token ids.
         num_layers: int. Number of transformer blocks.
-        num_query_heads: int, or a list with one int per layer. Each divides
-            `hidden_dim`.
-        num_key_value_heads: int, or a list with one int per layer. Each
-            divides the query heads of its layer.
+        num_query_heads: int, or a list with one int per layer. `hidden_dim`
+            must be a multiple of each.
+        num_key_value_heads: int, or a list with one int per layer. The query
+            heads of its layer must be a multiple of each.
         hidden_dim: int. Width of the hidden states.
         intermediate_dim: int. Inner width of the feed-forward network.
         max_sequence_length: int. The context: the longest sequence that
             `BwETAFCausalLM.generate` works on.
-        dropout: float. After attention, in training.
+        dropout: float. Share of attention's outputs that is dropped in
+            training.
         rope_max_wavelength: float. Base of the rotary frequencies.
         rope_dtype: str or `None`. Dtype of the rotary angles. `"float32"` is
             exact at any compute dtype; `None` rounds them to the compute
@@ -85,6 +86,12 @@ class BwETAFBackbone(DecoderBackbone):
     Reference:
      - [The original model](https://huggingface.co/WICKED4950/BwETAFv3-97M)
     """
+
+    rope_max_wavelength: float
+    rope_dtype: str | None
+    layer_norm_epsilon: float
+    initializer_range: float
+    embedding_initializer_range: float | None
 
     def __init__(
         self,
@@ -165,6 +172,7 @@ class BwETAFBackbone(DecoderBackbone):
         }
 
 
+# For callers that know no other architecture.
 config_names = BwETAFBackbone.config_names
 check_keywords = BwETAFBackbone.check_keywords
 checked_config = BwETAFBackbone.checked_config

@@ -43,6 +43,16 @@ class DecoderBackbone(LoraBackbone):
         **kwargs: `name` and `trainable`, as of every Keras model.
     """
 
+    # Of `config`.
+    vocabulary_size: int
+    num_layers: int
+    num_query_heads: int | list[int]
+    num_key_value_heads: int | list[int]
+    hidden_dim: int
+    intermediate_dim: int
+    max_sequence_length: int
+    dropout: float
+
     def __init__(
         self,
         *,
@@ -83,7 +93,7 @@ class DecoderBackbone(LoraBackbone):
         cache_index: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
     ) -> Any:
-        """The forward pass, on whole rows or on what follows a cache.
+        """The forward pass, with or without a cache of earlier tokens.
 
         Args:
             token_ids: int tensor `(batch, length)`.

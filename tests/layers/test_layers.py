@@ -305,14 +305,14 @@ def test_config_holds_every_argument(cls):
     arguments = set(inspect.signature(cls).parameters) - {"kwargs"}
     values = CONFIGS[cls]
     parts = {}
+    if cls is GroupedQueryAttention:
+        parts = rotary_layers(500.0, "float32")
     if cls is TransformerBlock:
         parts = {
             "attention": attention_layer(),
             "feedforward": feed_forward_layer(),
         }
     assert arguments == set(values) | set(parts)
-    if cls is GroupedQueryAttention:
-        parts = rotary_layers(500.0, "float32")
     layer = cls(**values, **parts, dtype="mixed_bfloat16", name="one")
     layer.build((None, None, 16))
     config = layer.get_config()
