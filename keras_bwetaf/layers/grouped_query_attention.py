@@ -164,9 +164,8 @@ class GroupedQueryAttention(keras.layers.Layer):
         else:
             attended = _attend_to_cache(query, cache, attention_mask)
 
-        attended = ops.reshape(
-            attended, hidden_states.shape
-        )  # (batch, length, hidden_dim)
+        # (batch, length, hidden_dim)
+        attended = ops.reshape(attended, hidden_states.shape)
         output = self.attention_output(attended, input_shards=shards)
         return output if cache is None else (output, cache)
 
@@ -214,7 +213,8 @@ def _update_cache(cache, key, value, index):
 def _merge_heads(x):
     """`(batch, length, heads, dim)` to `(batch * heads, length, dim)`."""
     _, length, _, head_dim = x.shape
-    return jnp.reshape(jnp.swapaxes(x, 1, 2), (-1, length, head_dim))
+    x = jnp.swapaxes(x, 1, 2)  # (batch, heads, length, dim)
+    return jnp.reshape(x, (-1, length, head_dim))
 
 
 def _attend_to_cache(query, cache, mask):
@@ -229,33 +229,49 @@ def _attend_to_cache(query, cache, mask):
     )(query, *cache, mask)
 
 
+# b = batch, q = query length, s = slots, n = key/value heads, g = query heads
+# of each, h = head dim, x = rows and key/value heads together, b * n
+
+
 def _attend_to_slots(query, key, value, mask):
-    # b = batch, q = query length, s = slots, k = key/value heads,
-    # g = query heads of a group, h = head dim
-    # query (b, q, kg, h), key and value (bk, s, h), mask (b, q, s)
+    """Attention of a device's rows and heads.
+
+    Queries are brought to the order of the cache, which is read as it is.
+
+    Args:
+        query: float array `(b, q, ng, h)`.
+        key: float array `(x, s, h)`.
+        value: float array `(x, s, h)`.
+        mask: bool array `(b, q, s)`.
+
+    Returns:
+        float array `(b, q, n, gh)`.
+    """
     batch_size, length, num_query_heads, head_dim = query.shape
     num_heads = key.shape[0] // batch_size
-    num_groups = num_query_heads // num_heads
+    group_size = num_query_heads // num_heads
 
     query = jnp.reshape(
-        query, (batch_size, length, num_heads, num_groups * head_dim)
-    )
+        query, (batch_size, length, num_heads, group_size * head_dim)
+    )  # (b, q, n, gh)
     query = jnp.reshape(
-        _merge_heads(query), (len(key), length * num_groups, head_dim)
-    )  # (bk, qg, h)
+        _merge_heads(query), (len(key), length * group_size, head_dim)
+    )  # (x, qg, h)
     scores = jnp.einsum(
-        "ngh,nsh->ngs", query, key, preferred_element_type="float32"
-    )
+        "xqh,xsh->xqs", query, key, preferred_element_type="float32"
+    )  # (x, qg, s)
     scores = jnp.reshape(
-        scores, (batch_size, num_heads, length, num_groups, -1)
-    )
+        scores, (batch_size, num_heads, length, group_size, -1)
+    )  # (b, n, q, g, s)
     scores = jnp.where(
         mask[:, None, :, None], scores * head_dim**-0.5, -jnp.inf
     )
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    weights = jnp.reshape(weights, (len(key), length * num_groups, -1))
-    attended = jnp.einsum("ngs,nsh->ngh", weights, value)  # (bk, qg, h)
+    weights = jnp.reshape(
+        weights, (len(key), length * group_size, -1)
+    )  # (x, qg, s)
+    attended = jnp.einsum("xqs,xsh->xqh", weights, value)  # (x, qg, h)
     attended = jnp.reshape(
-        attended, (batch_size, num_heads, length, num_groups * head_dim)
-    )
-    return jnp.swapaxes(attended, 1, 2)  # (b, q, k, gh)
+        attended, (batch_size, num_heads, length, group_size * head_dim)
+    )  # (b, n, q, gh)
+    return jnp.swapaxes(attended, 1, 2)  # (b, q, n, gh)

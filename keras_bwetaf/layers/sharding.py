@@ -127,10 +127,10 @@ def split_heads(
             _constrain(x, (ANY, ANY, None, None)) for x in (query, key, value)
         )
     if num_heads % num_shards:
-        num_groups = num_query_heads // num_heads
+        group_size = num_query_heads // num_heads
         # (batch, length, query_heads, head_dim)
-        key = jnp.repeat(key, num_groups, axis=2)
-        value = jnp.repeat(value, num_groups, axis=2)
+        key = jnp.repeat(key, group_size, axis=2)
+        value = jnp.repeat(value, group_size, axis=2)
     return tuple(_split(x, 2) for x in (query, key, value))
 
 
