@@ -68,6 +68,7 @@ class _Dense(keras.layers.EinsumDense):
             return weight
 
         kernel = reordered(self._kernel, 0, 1)
+        # (batch, length, units)
         outputs = ops.einsum(self.equation, inputs, kernel)
         if self.lora_enabled:
             # r = rank

@@ -130,6 +130,7 @@ class RotaryEmbedding(keras.layers.Layer):
         shards = jnp.asarray(inputs, "float32")
         shards = jnp.reshape(shards, (*inputs.shape[:-1], num_shards, -1))
         half = angles.shape[-1]
+        # `rest` is the last dimension of an odd width, or empty.
         first, second, rest = jnp.split(shards, [half, 2 * half], axis=-1)
         rotated = jnp.concatenate(
             [first * cos - second * sin, second * cos + first * sin, rest],
