@@ -7,8 +7,12 @@ from typing import get_type_hints
 import keras
 import pytest
 
-from keras_bwetaf import BwETAFCausalLM, BwETAFSampler, arguments
-from keras_bwetaf.models.backbone import config_names
+from keras_bwetaf import (
+    BwETAFBackbone,
+    BwETAFCausalLM,
+    BwETAFSampler,
+    arguments,
+)
 from keras_bwetaf.run.settings import TrainingSettings
 from keras_bwetaf.training import AdamW
 from keras_bwetaf.training.recipes import RECIPES
@@ -34,7 +38,7 @@ def names(keywords):
 
 
 def test_backbone():
-    assert names(arguments.BackboneConfig) == set(config_names())
+    assert names(arguments.BackboneConfig) == set(BwETAFBackbone.config_names())
 
 
 def test_sampling():

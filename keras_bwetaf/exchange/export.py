@@ -10,6 +10,7 @@ from converters.bwetaf_v3 import tensors
 from converters.checkpoint import Checkpoint
 from converters.mapped import View
 from keras_bwetaf.exchange.optimizer_state import optimizer_state
+from keras_bwetaf.layers.low_rank import merged_weight, weight_and_factors
 
 
 def as_checkpoint(lm, include_optimizer=False):
@@ -45,9 +46,13 @@ def as_checkpoint(lm, include_optimizer=False):
         source="the model",
     )
     variables = {variable.path: variable for variable in lm.backbone.weights}
-    low_rank = dict(filter(None, map(_low_rank, layers)))
+    lora_layers = {
+        weight_and_factors(layer)[0].path: layer
+        for layer in layers
+        if getattr(layer, "lora_enabled", False)
+    }
     weights = {
-        row.name: _Weight(variables[row.keras], low_rank.get(row.keras))
+        row.name: _Weight(variables[row.keras], lora_layers.get(row.keras))
         for row in tensors(config)
     }
     state = optimizer_state(lm) if include_optimizer else {}
@@ -66,30 +71,17 @@ def as_checkpoint(lm, include_optimizer=False):
     )
 
 
-def _low_rank(layer):
-    """A layer's LoRA: the path of its variable, and a product to add to it."""
-    if not getattr(layer, "lora_enabled", False):
-        return None
-    name = "kernel" if hasattr(layer, "lora_kernel_a") else "embeddings"
-    return f"{layer.path}/{name}", (
-        layer.lora_alpha / layer.lora_rank,
-        getattr(layer, f"lora_{name}_a"),
-        getattr(layer, f"lora_{name}_b"),
-    )
-
-
 @dataclass(frozen=True)
 class _Weight:
     """A variable in the place of a mapped tensor.
 
     Args:
         variable: `keras.Variable`.
-        low_rank: None, or a tuple of a factor and two variables, whose
-            product is added.
+        lora_layer: None, or the layer whose LoRA is merged into the variable.
     """
 
     variable: keras.Variable
-    low_rank: tuple | None
+    lora_layer: keras.layers.Layer | None
 
     @property
     def dtype(self):
@@ -101,10 +93,8 @@ class _Weight:
 
     def array(self):
         value = self.variable
-        if self.low_rank:
-            scale, a, b = self.low_rank
-            product = keras.ops.matmul(a, b)
-            value = keras.ops.add(value, scale * product)
+        if self.lora_layer is not None:
+            value = merged_weight(self.lora_layer)
         return keras.ops.convert_to_numpy(value)
 
     def release(self):

@@ -19,13 +19,13 @@ import keras
 import numpy as np
 
 from keras_bwetaf.generation import sampling
-from keras_bwetaf.layers.sharding import by_row, on_every_device
+from keras_bwetaf.layers.sharding import by_row, replicated
 
 
 class GenerationState(NamedTuple):
     """Everything that changes from token to token."""
 
-    cache: tuple  # (key, value) per layer, see `make_cache`
+    cache: tuple  # (key, value) per layer, see `DecoderBackbone.make_cache`
     prompt_slots: jax.Array  # int32 ()
     prompt_lengths: jax.Array  # int32 (batch,)
     limits: jax.Array  # int32 (batch,), how many new tokens at most
@@ -126,9 +126,9 @@ class Decoder:
         is_prompt = jnp.arange(prompt_slots) < lengths[:, None]
 
         with self._weights(values):
-            hidden_states, cache = self._lm.call_with_cache(
+            hidden_states, cache = backbone.hidden_states(
                 token_ids,
-                cache=self._lm.make_cache(batch_size, prompt_slots),
+                cache=backbone.make_cache(batch_size, prompt_slots),
                 cache_index=0,
                 positions=jnp.broadcast_to(
                     jnp.arange(prompt_slots), token_ids.shape
@@ -138,7 +138,7 @@ class Decoder:
             last = jnp.take_along_axis(
                 hidden_states, lengths[:, None, None] - 1, axis=1
             )  # (batch, 1, hidden_dim)
-            logits = self._lm.head(last)[:, 0]  # (batch, vocabulary)
+            logits = backbone.head(last)[:, 0]  # (batch, vocabulary)
 
         more_slots = num_slots - prompt_slots
         seen = jnp.zeros((batch_size, backbone.vocabulary_size), "bool")
@@ -158,6 +158,7 @@ class Decoder:
         return _readable(self._add_token(state, logits, settings, random_state))
 
     def _decode_steps(self, values, state, settings, num_steps, random_state):
+        backbone = self._lm.backbone
         last = state.num_tokens + num_steps
 
         def more(loop):
@@ -175,14 +176,14 @@ class Decoder:
                 state.tokens, newest, axis=1
             )  # (batch, 1)
             with self._weights(values):
-                hidden_states, cache = self._lm.call_with_cache(
+                hidden_states, cache = backbone.hidden_states(
                     token_ids,
                     cache=state.cache,
                     cache_index=slot,
                     positions=state.prompt_lengths[:, None] + newest,
                     attention_mask=(is_prompt | is_new)[:, None],
                 )
-                logits = self._lm.head(hidden_states)[:, 0]
+                logits = backbone.head(hidden_states)[:, 0]
             state = state._replace(cache=cache)
             return self._add_token(state, logits, settings, random_state)
 
@@ -224,4 +225,4 @@ class Decoder:
 def _readable(state_and_random_state):
     """With the tokens where the host can read them."""
     state, random_state = state_and_random_state
-    return state._replace(tokens=on_every_device(state.tokens)), random_state
+    return state._replace(tokens=replicated(state.tokens)), random_state

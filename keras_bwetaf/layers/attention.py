@@ -3,47 +3,56 @@
 | kernel | where | why |
 |---|---|---|
 | `"splash"` | TPU v4 and later | JAX's Pallas kernel: no array of scores |
-| `"cudnn"` | NVIDIA GPUs from Ampere on, 16 bits | no scores for each head |
-| `"plain"` | everywhere else | XLA; no query reads a chunk of later keys |
+| `"cudnn"` | NVIDIA GPUs from Ampere on, 16 bits | no scores of each head |
+| `"plain"` | everywhere else | XLA; a chunk of queries reads no later keys |
 
-TPU v2 and v3 have the plain one because Pallas's compiler has no bfloat16
-products for them. cuDNN's is what Keras's own attention takes on such GPUs; it
-reads documents as an array of biases, `(batch, 1, length, length)`.
+TPU v2 and v3 have the plain kernel because Pallas's compiler has no bfloat16
+products for them. cuDNN's kernel is what Keras's own attention takes on such
+GPUs; it reads documents as an array of biases, `(batch, 1, length, length)`.
 """
 
 import contextlib
 import contextvars
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import keras
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from keras_bwetaf.layers.sharding import (
     device_axes,
     mesh,
-    on_each_device,
+    shard_mapped,
     split_heads,
 )
 
 KERNELS = ("plain", "splash", "cudnn")
 SMALLEST_CHUNK = 128
 MOST_CHUNKS = 8
-# More of them, computed again, XLA would hold in memory together.
+# XLA recomputes chunks side by side, and holds the weights of all in memory.
+# So there are fewer chunks where weights are recomputed.
 MOST_RECOMPUTED_CHUNKS = 4
 SPLASH_BLOCKS = (512, 256, 128)
 SPLASH_DTYPES = ("bfloat16", "float32")
 CUDNN_DTYPES = ("bfloat16", "float16")
-# The first with the tensor cores that cuDNN's kernel is made for: Ampere.
+# Ampere, the first with the tensor cores that cuDNN's kernel is made for.
 CUDNN_COMPUTE_CAPABILITY = 8.0
 CUDNN_LARGEST_HEAD = 128
 
 _override = contextvars.ContextVar("attention_kernel", default=None)
 
 
-def document_attention(query, key, value, padding_mask, keep_weights=True):
+def document_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    padding_mask: ArrayLike | None,
+    keep_weights: bool = True,
+) -> jax.Array:
     """Attention to earlier tokens of the same document.
 
     Query head `h` reads key/value head `h // (query_heads // heads)`.
@@ -54,9 +63,9 @@ def document_attention(query, key, value, padding_mask, keep_weights=True):
         value: float array, as `key`.
         padding_mask: int array `(batch, length)`, document numbers as in
             `document_mask`. `None` for one document in each row.
-        keep_weights: bool. Whether to keep a weight for each pair of tokens
+        keep_weights: bool. Whether to keep the weight of each pair of tokens
             for the gradient, or to compute it a second time. Only the plain
-            kernel can keep them.
+            kernel can keep weights.
 
     Returns:
         float array of the shape and dtype of `query`. Where `padding_mask` is
@@ -69,7 +78,8 @@ def document_attention(query, key, value, padding_mask, keep_weights=True):
         padding_mask = jnp.ones((batch_size, length), "int32")
     padding_mask = jnp.asarray(padding_mask)
     if not isinstance(length, int):
-        # An exported program may not know that this is the mask's length, too.
+        # A program that is exported for rows of any length may not know that
+        # the mask is as long as they are. This gives it their length.
         padding_mask = jnp.take(
             padding_mask, jnp.arange(length), axis=1, mode="clip"
         )
@@ -81,14 +91,14 @@ def document_attention(query, key, value, padding_mask, keep_weights=True):
         return plain_attention(query, key, value, padding_mask, keep_weights)
 
 
-def chosen_attention(length, dtype, head_dim=64):
+def chosen_attention(length: int, dtype: str, head_dim: int = 64) -> str:
     """Name of the kernel that computes attention here.
 
     It depends on the devices that a program is made for: those of the current
     `keras.distribution`, or else JAX's default device. `attention_kernel` and
     `keras.config.disable_flash_attention()` overrule it. A program that is
-    exported for rows of any length has the plain one. A compiled program
-    carries the name in the scope of its operations.
+    exported for rows of any length has the plain kernel. A compiled program
+    has the name in the scope of its operations.
 
     Args:
         length: int, or a symbolic dimension of `jax.export`. Of the rows.
@@ -129,13 +139,13 @@ def chosen_attention(length, dtype, head_dim=64):
 
 
 @contextlib.contextmanager
-def attention_kernel(name):
-    """Attention of programs made inside is computed by this kernel.
+def attention_kernel(name: str) -> Iterator[None]:
+    """Programs that are traced inside compute attention by this kernel.
 
-    What counts is when a program is traced, that is the first call of `fit`,
-    `predict` or `generate` after `compile`. Away from TPUs, `"splash"` runs
-    in Pallas's interpreter; away from GPUs, XLA computes what `"cudnn"` asks
-    cuDNN for. Both are slow there, and good for tests.
+    A program is traced in the first call of `fit`, `predict` or `generate`
+    after `compile`. Without a TPU, `"splash"` runs in Pallas's interpreter;
+    without a GPU, XLA computes what `"cudnn"` is on one. Both are slow then,
+    and meant for tests.
 
     Args:
         name: str. `"plain"`, `"splash"` or `"cudnn"`.
@@ -161,13 +171,13 @@ def attention_kernel(name):
         _override.reset(token)
 
 
-def document_mask(padding_mask, start=0):
-    """Which tokens may see which: earlier ones of their own document.
+def document_mask(padding_mask: jax.Array, start: int = 0) -> jax.Array:
+    """Which tokens each query sees: earlier ones of its own document.
 
     Args:
         padding_mask: int array `(batch, length)`. 0 for padding, otherwise
             the number of the document that the token belongs to.
-        start: int. The first query.
+        start: int. The position of the first query.
 
     Returns:
         bool array `(batch, length - start, length)`; rows are queries,
@@ -178,7 +188,13 @@ def document_mask(padding_mask, start=0):
     return same_document & jnp.tri(*same_document.shape[1:], start, "bool")
 
 
-def plain_attention(query, key, value, padding_mask, keep_weights=True):
+def plain_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    padding_mask: jax.Array,
+    keep_weights: bool = True,
+) -> jax.Array:
     """See `document_attention`. A chunk of queries reads no later keys."""
     batch_size, length, num_query_heads, head_dim = query.shape
     num_heads = key.shape[2]
@@ -186,6 +202,7 @@ def plain_attention(query, key, value, padding_mask, keep_weights=True):
         query, (batch_size, length, num_heads, -1, head_dim)
     )  # (b, q, n, g, h), see below
     query = jnp.transpose(query, (0, 2, 3, 1, 4))  # (b, n, g, q, h)
+    # (b, n, k, h)
     key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     attended = [
         _attend(
@@ -197,7 +214,7 @@ def plain_attention(query, key, value, padding_mask, keep_weights=True):
         )
         for start, stop in _chunks(length, keep_weights)
     ]
-    attended = jnp.concatenate(attended, axis=3)
+    attended = jnp.concatenate(attended, axis=3)  # (b, n, g, q, h)
     attended = jnp.transpose(attended, (0, 3, 1, 2, 4))  # (b, q, n, g, h)
     return jnp.reshape(
         attended, (batch_size, length, num_query_heads, head_dim)
@@ -207,7 +224,7 @@ def plain_attention(query, key, value, padding_mask, keep_weights=True):
 def _chunks(length, keep_weights):
     """Where the plain kernel's chunks of queries begin and end."""
     if not isinstance(length, int):
-        return [(0, length)]  # How many there are is not known.
+        return [(0, length)]  # The number of chunks would not be known.
     num_chunks = MOST_CHUNKS if keep_weights else MOST_RECOMPUTED_CHUNKS
     chunk_length = SMALLEST_CHUNK * math.ceil(
         length / (num_chunks * SMALLEST_CHUNK)
@@ -225,17 +242,17 @@ def _chunks(length, keep_weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(query, key, value, padding_mask, keep_weights):
-    """The last tokens' attention.
+    """Attention of a chunk of queries.
 
-    Its gradient is written out. XLA would keep several arrays of a float32
-    for each pair of tokens; this keeps the weights in the dtype of `value`,
-    or computes them again.
+    Its gradient is written out. XLA's would keep several float32 arrays with
+    a number for each pair of tokens; this one keeps the weights in the dtype
+    of `value`, or computes them again.
 
     Args:
         query: float array `(b, n, g, q, h)`.
         key: float array `(b, n, k, h)`.
         value: float array `(b, n, k, h)`.
-        padding_mask: int array `(b, k)`. The queries are the last of these.
+        padding_mask: int array `(b, k)`. The queries are the last tokens.
         keep_weights: bool.
 
     Returns:
@@ -246,8 +263,8 @@ def _attend(query, key, value, padding_mask, keep_weights):
 
 
 def _attend_and_keep(query, key, value, padding_mask, keep_weights):
-    scores = _scores(query, key, padding_mask)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
+    scores = _scores(query, key, padding_mask)  # (b, n, g, q, k)
+    highest = jnp.max(scores, axis=-1, keepdims=True)  # (b, n, g, q, 1)
     weights = jnp.exp(scores - highest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(value.dtype)
@@ -257,6 +274,7 @@ def _attend_and_keep(query, key, value, padding_mask, keep_weights):
         value,
         preferred_element_type=scores.dtype,
     )
+    # Divided after the product: `(q, h)` numbers are fewer than `(q, k)`.
     outputs = (outputs / total).astype(query.dtype)
     kept = (weights, total) if keep_weights else highest + jnp.log(total)
     return outputs, (query, key, value, padding_mask, outputs, kept)
@@ -267,8 +285,8 @@ def _attend_gradient(keep_weights, residuals, cotangent):
         query, key, value, _, outputs, (weights, total) = residuals
         weights = weights / total
     else:
-        # Without the barrier, XLA finds that it had them before, and keeps
-        # them after all.
+        # Without the barrier, XLA finds that the forward pass computed the
+        # same weights, and keeps these after all.
         residuals = jax.lax.optimization_barrier(residuals)
         query, key, value, padding_mask, outputs, log_total = residuals
         weights = jnp.exp(_scores(query, key, padding_mask) - log_total)
@@ -282,6 +300,8 @@ def _attend_gradient(keep_weights, residuals, cotangent):
         value,
         preferred_element_type=weights.dtype,
     )
+    # Softmax's gradient is `weights * (gradient - mean)`. This mean over keys,
+    # weighted, is also the product of the cotangent and the outputs.
     mean = jnp.sum(
         cotangent.astype(weights.dtype) * outputs, axis=-1, keepdims=True
     )
@@ -297,7 +317,7 @@ _attend.defvjp(_attend_and_keep, _attend_gradient)
 
 
 def _scores(query, key, padding_mask):
-    """`(b, n, g, q, k)`, in float32 at least; masked ones are the lowest."""
+    """Scores `(b, n, g, q, k)`, at least in float32; masked: the lowest."""
     dtype = jnp.promote_types(query.dtype, "float32")
     scores = jnp.einsum(
         "bngqh,bnkh->bngqk", query, key, preferred_element_type=dtype
@@ -311,9 +331,12 @@ def _scores(query, key, padding_mask):
 # === Splash attention ===
 
 
-def splash_attention(query, key, value, padding_mask):
+def splash_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, padding_mask: jax.Array
+) -> jax.Array:
     """See `document_attention`. Scores stay inside the kernel."""
     length, head_dim = query.shape[1], query.shape[3]
+    # The kernel takes whole blocks. Document 0 is padding.
     missing = -length % min(SPLASH_BLOCKS)
 
     def heads_first(x):
@@ -323,7 +346,7 @@ def splash_attention(query, key, value, padding_mask):
     documents = jnp.pad(padding_mask.astype("int32"), ((0, 0), (0, missing)))
     rows, heads = device_axes(key.shape[0], key.shape[2])
     by_head = PartitionSpec(rows, heads)
-    attended = on_each_device(
+    attended = shard_mapped(
         _splash_kernel,
         in_specs=(by_head, by_head, by_head, PartitionSpec(rows)),
         out_specs=by_head,
@@ -333,11 +356,12 @@ def splash_attention(query, key, value, padding_mask):
         heads_first(value),
         documents,
     )
+    # (batch, length, heads, head_dim)
     return jnp.swapaxes(attended, 1, 2)[:, :length]
 
 
 def _splash_kernel(query, key, value, documents):
-    # It takes half a second to import, and most machines have no use for it.
+    # Imported here: it takes half a second, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     _, num_heads, length, _ = query.shape
@@ -363,10 +387,12 @@ def _splash_kernel(query, key, value, documents):
 # === cuDNN ===
 
 
-def cudnn_attention(query, key, value, padding_mask):
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, padding_mask: jax.Array
+) -> jax.Array:
     """See `document_attention`. Scores stay inside of cuDNN's kernel."""
     length = query.shape[1]
-    missing = length % 2  # Gradients are for even lengths.
+    missing = length % 2  # cuDNN has gradients for even lengths only.
     documents = jnp.pad(padding_mask, ((0, 0), (0, missing)))
     attended = jax.nn.dot_product_attention(
         *(
@@ -381,7 +407,7 @@ def cudnn_attention(query, key, value, padding_mask):
 
 
 def _device():
-    """A device of those that the current program is made for."""
+    """One of the devices that the current program is made for."""
     if mesh() is not None:
         return mesh().devices.flat[0]
     default = jax.config.jax_default_device

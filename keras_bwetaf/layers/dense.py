@@ -1,19 +1,26 @@
 import keras
 from keras import ops
 
-from keras_bwetaf.layers import initializers
+from keras_bwetaf.layers import initializers, low_rank
 from keras_bwetaf.layers.sharding import (
     halves_from_shards,
     halves_to_shards,
 )
 
 
-def dense(name, units, *, use_bias, initializer_range, dtype):
+def dense(
+    name: str,
+    units: int,
+    *,
+    use_bias: bool,
+    initializer_range: float,
+    dtype: keras.DTypePolicy,
+) -> keras.layers.EinsumDense:
     """A dense layer whose kernel is `(units, inputs)`.
 
-    Keras's `Dense` has it the other way round. Contracting over the last axis
-    of both operands is what matrix-vector products on CPU are fastest at, and
-    is how PyTorch and the safetensors files store kernels, so that these load
+    Keras's `Dense` has it the other way round. Matrix-vector products on CPU
+    are fastest when they contract the last axis of both operands; and PyTorch
+    and the safetensors files store kernels in this order, so that these load
     without a transposition.
 
     Args:
@@ -39,16 +46,16 @@ def dense(name, units, *, use_bias, initializer_range, dtype):
 
 
 class _Dense(keras.layers.EinsumDense):
-    """Keras's, which can make each device the part of a vector that it needs.
+    """Keras's layer, with outputs or inputs sharded as RoPE needs them.
 
     With `output_shards` or `input_shards`, outputs or inputs are in the order
-    of `halves_to_shards`. It is the kernel that is reordered, so that each
-    device multiplies by its own part.
+    of `halves_to_shards`. The kernel is reordered, not the vectors, so that
+    each device multiplies by its own part.
 
     With LoRA, the factors multiply the inputs one after the other. Keras adds
-    their product to the kernel first. That rounds it away where the kernel is
-    in bfloat16, and needs the kernel's gradient to find theirs, a third of
-    the work of the layer.
+    their product to the kernel first. A bfloat16 kernel would round it away;
+    and the factors' gradients would need the kernel's, a third of the work of
+    the layer.
     """
 
     def call(self, inputs, training=None, output_shards=1, input_shards=1):
@@ -61,15 +68,16 @@ class _Dense(keras.layers.EinsumDense):
             return weight
 
         kernel = reordered(self._kernel, 0, 1)
+        # (batch, length, units)
         outputs = ops.einsum(self.equation, inputs, kernel)
         if self.lora_enabled:
             # r = rank
             x = reordered(self.lora_kernel_b, input_axis=1)
-            x = ops.einsum("bti,ri->btr", inputs, x)
+            x = ops.einsum("bti,ri->btr", inputs, x)  # (batch, length, rank)
             x = ops.einsum(
                 "btr,ur->btu", x, reordered(self.lora_kernel_a, output_axis=0)
             )
-            outputs += x * (self.lora_alpha / self.lora_rank)
+            outputs += x * low_rank.scale(self)
         if self.bias is None:
             return outputs
         return outputs + reordered(self.bias, output_axis=0)

@@ -1,4 +1,8 @@
+from typing import Any
+
+import jax
 import keras
+from jax.typing import ArrayLike
 from keras import ops
 
 from keras_bwetaf.layers.dense import dense
@@ -23,7 +27,9 @@ class FeedForward(keras.layers.Layer):
      - [Shazeer, 2020](https://arxiv.org/abs/2002.05202)
     """
 
-    def __init__(self, *, intermediate_dim, initializer_range, **kwargs):
+    def __init__(
+        self, *, intermediate_dim: int, initializer_range: float, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.intermediate_dim = intermediate_dim
         self.initializer_range = initializer_range
@@ -48,14 +54,15 @@ class FeedForward(keras.layers.Layer):
             dtype=self.dtype_policy,
         )
 
-    def call(self, inputs):
+    def call(self, inputs: ArrayLike) -> jax.Array:
+        # (batch, length, intermediate_dim)
         x = ops.silu(self.gate(inputs)) * self.intermediate(inputs)
         return self.output_dense(x)
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {

@@ -1,36 +1,43 @@
+from collections.abc import Mapping
+from typing import Any, Self
+
 import jax
 import jax.numpy as jnp
 import keras
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 from keras import ops
 
 from keras_bwetaf.layers.attention import document_attention
 from keras_bwetaf.layers.dense import dense
-from keras_bwetaf.layers.rotary_embedding import RotaryEmbedding
+from keras_bwetaf.layers.parts import serialized_parts, with_parts
 from keras_bwetaf.layers.sharding import (
     device_axes,
     num_pair_shards,
-    on_each_device,
+    shard_mapped,
 )
+
+PARTS = ("query_rotary", "key_rotary")
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
 class GroupedQueryAttention(keras.layers.Layer):
     """Causal self-attention in which query heads share key/value heads.
 
-    The rotary embedding turns the whole query vector and the whole key
-    vector before they are split into heads. Query head `h` reads key/value
-    head `h // (num_query_heads // num_key_value_heads)`. Only the output
+    The rotary parts get the whole query vector and the whole key vector,
+    before these are split into heads. Query head `h` reads key/value head
+    `h // (num_query_heads // num_key_value_heads)`. Only the output
     projection has a bias.
 
-    The attribute `keep_weights` says whether the gradient finds the weight of
-    each pair of tokens, or computes it again.
+    The attribute `keep_weights` says whether the weight of each pair of
+    tokens is kept for the gradient, or computed again.
 
     Args:
-        num_query_heads: int. Divides the width of the input.
-        num_key_value_heads: int. Divides `num_query_heads`.
-        rope_max_wavelength: float. See `RotaryEmbedding`.
-        rope_dtype: str or `None`. See `RotaryEmbedding`.
+        num_query_heads: int. The width of the input must be a multiple.
+        num_key_value_heads: int. `num_query_heads` must be a multiple.
+        query_rotary: layer. Gives queries their positions; called as
+            `RotaryEmbedding` is.
+        key_rotary: layer. The same for keys.
         initializer_range: float. Standard deviation of the initial kernels.
 
     Call arguments:
@@ -38,11 +45,8 @@ class GroupedQueryAttention(keras.layers.Layer):
         padding_mask: int tensor `(batch, length)`, document numbers as in
             `attention.document_mask`. Defaults to one document in each row.
         positions: int tensor `(batch, length)`. Defaults to 0, 1, 2, ...
-        cache: `(key, value)`, each `(batch * num_key_value_heads, slots,
-            head_dim)`, in which a device's rows and heads are together. The
-            keys and values of `hidden_states` are written into it before
-            attention reads it. With batch and heads in one axis, XLA writes
-            in place; in two, it copies every cache at every step.
+        cache: As `make_cache` returns it. The keys and values of
+            `hidden_states` are written into it before attention reads it.
         cache_index: int. The first slot to write. Needed with a cache.
         attention_mask: bool tensor `(batch, length, slots)`, the slots of the
             cache that each query sees. Without it, the tokens of
@@ -59,18 +63,18 @@ class GroupedQueryAttention(keras.layers.Layer):
     def __init__(
         self,
         *,
-        num_query_heads,
-        num_key_value_heads,
-        rope_max_wavelength,
-        rope_dtype,
-        initializer_range,
-        **kwargs,
+        num_query_heads: int,
+        num_key_value_heads: int,
+        query_rotary: keras.layers.Layer,
+        key_rotary: keras.layers.Layer,
+        initializer_range: float,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.num_query_heads = num_query_heads
         self.num_key_value_heads = num_key_value_heads
-        self.rope_max_wavelength = rope_max_wavelength
-        self.rope_dtype = rope_dtype
+        self.query_rotary = query_rotary
+        self.key_rotary = key_rotary
         self.initializer_range = initializer_range
         self.keep_weights = True
 
@@ -91,8 +95,8 @@ class GroupedQueryAttention(keras.layers.Layer):
             self.attention_output,
         ):
             projection.build(input_shape)
-        self.query_rotary = self._rotary("query_rotary", hidden_dim)
-        self.key_rotary = self._rotary("key_rotary", key_value_dim)
+        self.query_rotary.build((*input_shape[:-1], hidden_dim))
+        self.key_rotary.build((*input_shape[:-1], key_value_dim))
         self.built = True
 
     def _dense(self, name, units, use_bias=False):
@@ -104,25 +108,41 @@ class GroupedQueryAttention(keras.layers.Layer):
             dtype=self.dtype_policy,
         )
 
-    def _rotary(self, name, width):
-        rotary = RotaryEmbedding(
-            max_wavelength=self.rope_max_wavelength,
-            rope_dtype=self.rope_dtype,
-            dtype=self.dtype_policy,
-            name=name,
+    def make_cache(
+        self, batch_size: int, num_slots: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """An empty cache of keys and values.
+
+        Rows and heads share an axis, in which those of a device are together:
+        so XLA writes in place. With an axis of each, it copies every cache at
+        every step.
+
+        Args:
+            batch_size: int.
+            num_slots: int. Tokens that have room in a row.
+
+        Returns:
+            `(key, value)`, each `(batch_size * num_key_value_heads,
+            num_slots, head_dim)`, of the compute dtype.
+        """
+        shape = (
+            batch_size * self.num_key_value_heads,
+            num_slots,
+            self.head_dim,
         )
-        rotary.build((None, None, width))
-        return rotary
+        zeros = ops.zeros(shape, dtype=self.compute_dtype)
+        return zeros, zeros
 
     def call(
         self,
-        hidden_states,
-        padding_mask=None,
-        positions=None,
-        cache=None,
-        cache_index=None,
-        attention_mask=None,
-    ):
+        hidden_states: ArrayLike,
+        padding_mask: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        cache_index: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+    ) -> Any:
+        # (batch, length, heads * head_dim)
         shards = num_pair_shards(self.num_key_value_heads)
         query = self.query(hidden_states, output_shards=shards)
         query = self.query_rotary(query, positions, num_shards=shards)
@@ -130,10 +150,10 @@ class GroupedQueryAttention(keras.layers.Layer):
         key = self.key_rotary(key, positions, num_shards=shards)
         value = self.value(hidden_states, output_shards=shards)
 
+        # (batch, length, heads, head_dim)
         query = self._split_heads(query, self.num_query_heads)
         key = self._split_heads(key, self.num_key_value_heads)
         value = self._split_heads(value, self.num_key_value_heads)
-        # (batch, length, heads, head_dim)
 
         if cache is not None:
             cache = _update_cache(cache, key, value, cache_index)
@@ -144,27 +164,30 @@ class GroupedQueryAttention(keras.layers.Layer):
         else:
             attended = _attend_to_cache(query, cache, attention_mask)
 
-        output = self.attention_output(
-            ops.reshape(attended, hidden_states.shape), input_shards=shards
-        )
+        # (batch, length, hidden_dim)
+        attended = ops.reshape(attended, hidden_states.shape)
+        output = self.attention_output(attended, input_shards=shards)
         return output if cache is None else (output, cache)
 
     def _split_heads(self, x, num_heads):
         batch_size, length, _ = x.shape
         return ops.reshape(x, (batch_size, length, num_heads, self.head_dim))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {
                 "num_query_heads": self.num_query_heads,
                 "num_key_value_heads": self.num_key_value_heads,
-                "rope_max_wavelength": self.rope_max_wavelength,
-                "rope_dtype": self.rope_dtype,
+                **serialized_parts(self, PARTS),
                 "initializer_range": self.initializer_range,
             }
         )
         return config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        return cls(**with_parts(config, PARTS))
 
 
 def _update_cache(cache, key, value, index):
@@ -176,7 +199,7 @@ def _update_cache(cache, key, value, index):
 
     rows, heads = device_axes(key.shape[0], key.shape[2])
     slots = PartitionSpec((*rows, *heads))
-    write = on_each_device(
+    write = shard_mapped(
         write,
         in_specs=(slots, PartitionSpec(rows, None, heads), PartitionSpec()),
         out_specs=slots,
@@ -190,7 +213,8 @@ def _update_cache(cache, key, value, index):
 def _merge_heads(x):
     """`(batch, length, heads, dim)` to `(batch * heads, length, dim)`."""
     _, length, _, head_dim = x.shape
-    return jnp.reshape(jnp.swapaxes(x, 1, 2), (-1, length, head_dim))
+    x = jnp.swapaxes(x, 1, 2)  # (batch, heads, length, dim)
+    return jnp.reshape(x, (-1, length, head_dim))
 
 
 def _attend_to_cache(query, cache, mask):
@@ -198,40 +222,56 @@ def _attend_to_cache(query, cache, mask):
     rows, heads = device_axes(query.shape[0], num_heads)
     slots = PartitionSpec((*rows, *heads))
     by_head = PartitionSpec(rows, None, heads)
-    return on_each_device(
+    return shard_mapped(
         _attend_to_slots,
         in_specs=(by_head, slots, slots, PartitionSpec(rows)),
         out_specs=by_head,
     )(query, *cache, mask)
 
 
+# b = batch, q = query length, s = slots, n = key/value heads, g = query heads
+# of each, h = head dim, x = rows and key/value heads together, b * n
+
+
 def _attend_to_slots(query, key, value, mask):
-    # b = batch, q = query length, s = slots, k = key/value heads,
-    # g = query heads of a group, h = head dim
-    # query (b, q, kg, h), key and value (bk, s, h), mask (b, q, s)
+    """Attention of a device's rows and heads.
+
+    Queries are brought to the order of the cache, which is read as it is.
+
+    Args:
+        query: float array `(b, q, ng, h)`.
+        key: float array `(x, s, h)`.
+        value: float array `(x, s, h)`.
+        mask: bool array `(b, q, s)`.
+
+    Returns:
+        float array `(b, q, n, gh)`.
+    """
     batch_size, length, num_query_heads, head_dim = query.shape
     num_heads = key.shape[0] // batch_size
-    num_groups = num_query_heads // num_heads
+    group_size = num_query_heads // num_heads
 
     query = jnp.reshape(
-        query, (batch_size, length, num_heads, num_groups * head_dim)
-    )
+        query, (batch_size, length, num_heads, group_size * head_dim)
+    )  # (b, q, n, gh)
     query = jnp.reshape(
-        _merge_heads(query), (len(key), length * num_groups, head_dim)
-    )  # (bk, qg, h)
+        _merge_heads(query), (len(key), length * group_size, head_dim)
+    )  # (x, qg, h)
     scores = jnp.einsum(
-        "ngh,nsh->ngs", query, key, preferred_element_type="float32"
-    )
+        "xqh,xsh->xqs", query, key, preferred_element_type="float32"
+    )  # (x, qg, s)
     scores = jnp.reshape(
-        scores, (batch_size, num_heads, length, num_groups, -1)
-    )
+        scores, (batch_size, num_heads, length, group_size, -1)
+    )  # (b, n, q, g, s)
     scores = jnp.where(
         mask[:, None, :, None], scores * head_dim**-0.5, -jnp.inf
     )
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    weights = jnp.reshape(weights, (len(key), length * num_groups, -1))
-    attended = jnp.einsum("ngs,nsh->ngh", weights, value)  # (bk, qg, h)
+    weights = jnp.reshape(
+        weights, (len(key), length * group_size, -1)
+    )  # (x, qg, s)
+    attended = jnp.einsum("xqs,xsh->xqh", weights, value)  # (x, qg, h)
     attended = jnp.reshape(
-        attended, (batch_size, num_heads, length, num_groups * head_dim)
-    )
-    return jnp.swapaxes(attended, 1, 2)  # (b, q, k, gh)
+        attended, (batch_size, num_heads, length, group_size * head_dim)
+    )  # (b, n, q, gh)
+    return jnp.swapaxes(attended, 1, 2)  # (b, q, n, gh)

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import keras
@@ -10,11 +11,11 @@ _weights_follow = contextvars.ContextVar("weights_follow", default=False)
 
 
 @contextlib.contextmanager
-def skip_initialization():
+def skip_initialization() -> Iterator[None]:
     """Layers made inside start from zeros, because weights are loaded next.
 
-    Drawing 97 million random numbers only to overwrite them costs seconds
-    and a second copy of the weights.
+    To draw 97 million random numbers that are then overwritten would take
+    seconds, and memory for a second copy of the weights.
 
     Example:
 
@@ -31,7 +32,7 @@ def skip_initialization():
         _weights_follow.reset(token)
 
 
-def normal(stddev):
+def normal(stddev: float) -> keras.initializers.Initializer:
     """Normal initializer, or zeros inside `skip_initialization`."""
     if _weights_follow.get():
         return _Zeros()
@@ -39,7 +40,7 @@ def normal(stddev):
 
 
 class _Zeros(keras.initializers.Zeros):
-    """Zeros that are made where they belong, on no device as a whole."""
+    """Zeros that each device makes for its own shard."""
 
     def __call__(self, shape, dtype=None, layout=None):
         return jnp.zeros(shape, dtype, out_sharding=layout)

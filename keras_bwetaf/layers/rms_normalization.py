@@ -1,5 +1,9 @@
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import keras
+from jax.typing import ArrayLike
 
 from keras_bwetaf.layers.rounding import round_to
 
@@ -29,11 +33,13 @@ class RMSNormalization(keras.layers.RMSNormalization):
      - [Zhang and Sennrich, 2019](https://arxiv.org/abs/1910.07467)
     """
 
-    def __init__(self, *, epsilon, precision=None, **kwargs):
+    def __init__(
+        self, *, epsilon: float, precision: str | None = None, **kwargs: Any
+    ):
         super().__init__(epsilon=epsilon, **kwargs)
         self.precision = precision
 
-    def call(self, inputs):
+    def call(self, inputs: ArrayLike) -> jax.Array:
         if self.precision is None:
             return super().call(inputs)
 
@@ -41,12 +47,13 @@ class RMSNormalization(keras.layers.RMSNormalization):
             return round_to(x, self.precision)
 
         x = rounded(jnp.asarray(inputs, "float32"))
+        # (..., 1)
         mean_square = rounded(jnp.mean(rounded(x * x), axis=-1, keepdims=True))
         rms = rounded(jnp.sqrt(rounded(mean_square + self.epsilon)))
         x = rounded(x / rms) * jnp.asarray(self.scale, "float32")
         return x.astype(self.compute_dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         # Keras turns `axis` into a list when it builds; here it is fixed.
         del config["axis"]

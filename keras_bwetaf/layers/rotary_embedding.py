@@ -1,18 +1,21 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.typing import ArrayLike
 
 from keras_bwetaf.layers.rounding import round_to
 
 
-def inverse_frequencies(width, max_wavelength):
+def inverse_frequencies(width: int, max_wavelength: float) -> np.ndarray:
     """Frequencies at which the pairs of a vector turn, per position.
 
-    Pair `i` turns at `max_wavelength ** (-i / (width // 2))`. Computed on the
-    host by the very operations of the original, whose float32 power is not
-    correctly rounded: one unit in the last place, times a position of a
-    thousand, would be seen in the logits.
+    Pair `i` turns at `max_wavelength ** (-i / (width // 2))`. The host
+    computes them by the same operations as the original, whose float32 power
+    is not correctly rounded: a difference in the last place, multiplied by a
+    position of a thousand, would be seen in the logits.
 
     Args:
         width: int. Of the vectors to rotate.
@@ -31,13 +34,15 @@ def inverse_frequencies(width, max_wavelength):
         return np.asarray(max_wavelength**exponents)
 
 
-def rotary_angles(positions, frequencies, dtype):
+def rotary_angles(
+    positions: ArrayLike, frequencies: ArrayLike, dtype: str
+) -> jax.Array:
     """Angles by which the pairs of a vector turn at each position.
 
     Positions, frequencies and their products are each rounded to `dtype`, as
     in the original, which computes them in the dtype of the activations: in
-    bfloat16, a position above 256 becomes a multiple of 2. Only exact
-    operations run on the device, so every device gets the same angles.
+    bfloat16, a position above 256 becomes a multiple of 2. The device only
+    multiplies and rounds, so every device gets the same angles.
 
     Args:
         positions: int array `(...)`.
@@ -77,7 +82,7 @@ class RotaryEmbedding(keras.layers.Layer):
         positions: int tensor `(length,)` or `(batch, length)`. Defaults to
             0, 1, 2, ...
         num_shards: int. Inputs are in the order of
-            `sharding.halves_to_shards` with so many shards.
+            `sharding.halves_to_shards` with this number of shards.
 
     Output shape:
         The input's.
@@ -89,7 +94,9 @@ class RotaryEmbedding(keras.layers.Layer):
      - [Su et al., 2021](https://arxiv.org/abs/2104.09864)
     """
 
-    def __init__(self, *, max_wavelength, rope_dtype, **kwargs):
+    def __init__(
+        self, *, max_wavelength: float, rope_dtype: str | None, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.max_wavelength = max_wavelength
         self.rope_dtype = rope_dtype
@@ -100,7 +107,12 @@ class RotaryEmbedding(keras.layers.Layer):
         )
         self.built = True
 
-    def call(self, inputs, positions=None, num_shards=1):
+    def call(
+        self,
+        inputs: ArrayLike,
+        positions: ArrayLike | None = None,
+        num_shards: int = 1,
+    ) -> jax.Array:
         if 0 in inputs.shape:
             raise ValueError(
                 "Expected at least one row, of at least one token. Received: "
@@ -111,11 +123,14 @@ class RotaryEmbedding(keras.layers.Layer):
         angles = rotary_angles(
             positions, self.frequencies, self.rope_dtype or self.compute_dtype
         )  # ([batch,] length, width // 2)
+        # ([batch,] length, num_shards, pairs of a shard)
         angles = jnp.reshape(angles, (*angles.shape[:-1], num_shards, -1))
         cos, sin = jnp.cos(angles), jnp.sin(angles)
+        # (batch, length, num_shards, width // num_shards)
         shards = jnp.asarray(inputs, "float32")
         shards = jnp.reshape(shards, (*inputs.shape[:-1], num_shards, -1))
         half = angles.shape[-1]
+        # `rest` is the last dimension of an odd width, or empty.
         first, second, rest = jnp.split(shards, [half, 2 * half], axis=-1)
         rotated = jnp.concatenate(
             [first * cos - second * sin, second * cos + first * sin, rest],
@@ -123,7 +138,7 @@ class RotaryEmbedding(keras.layers.Layer):
         )  # (batch, length, num_shards, width // num_shards)
         return jnp.reshape(rotated, inputs.shape).astype(inputs.dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {

@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def round_to(x, dtype):
+def round_to(x: ArrayLike, dtype: str) -> jax.Array:
     """Rounds every value to the nearest one that `dtype` can hold.
 
-    A cast there and back does not do: XLA is free to drop it, and does so
-    under `jit`, which makes compiled and eager results differ.
+    A cast to `dtype` and back would not do: under `jit`, XLA drops it, and
+    compiled and eager results differ.
 
     Args:
         x: float array of any shape.

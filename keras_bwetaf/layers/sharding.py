@@ -1,37 +1,42 @@
-"""Where the current `keras.distribution` puts rows, heads and weights.
+"""How rows, heads and weights are sharded in the current `keras.distribution`.
 
-A mesh has an axis for the rows of a batch. Over its other axes, the model
-ones, layers are split: each device works on some of the heads.
+A mesh has a batch axis, over which the rows of a batch are sharded. Its other
+axes, the model axes, shard layers: each device works on some of the heads.
 
-RoPE turns a dimension of all heads together with the one half the width
+RoPE over whole vectors turns a dimension together with the one half the width
 away, so a device needs matching parts of both halves:
 
     heads                0 1 2 3 | 4 5 6 7     (0, 4), (1, 5), ... are pairs
     on four devices      0 4 | 1 5 | 2 6 | 3 7
 
 `halves_to_shards` puts them in that order. Key/value heads go with their
-query heads, if each half of them divides over the devices.
+query heads, if half their number is a multiple of the number of devices.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
+# An axis of an array whose sharding is XLA's choice.
 ANY = PartitionSpec.UNCONSTRAINED
 
 
-def mesh():
-    """The `jax.sharding.Mesh` of the current distribution, or None."""
+def mesh() -> Mesh | None:
+    """The mesh of the current distribution, or None without one."""
     distribution = keras.distribution.distribution()
     return distribution and distribution.device_mesh.backend_mesh
 
 
-def model_axes():
-    """The axes of the mesh but that of the rows, a tuple of str."""
+def model_axes() -> tuple[str, ...]:
+    """The axes of the mesh without the batch axis."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return ()
@@ -39,29 +44,30 @@ def model_axes():
     return tuple(x for x in names if x != distribution.batch_dim_name)
 
 
-def num_pair_shards(num_key_value_heads):
-    """Among how many devices heads are split so that no RoPE pair is.
+def num_pair_shards(num_key_value_heads: int) -> int:
+    """The number of devices over which RoPE pairs of heads are sharded.
 
     Args:
-        num_key_value_heads: int. Half of them must divide.
+        num_key_value_heads: int.
 
     Returns:
-        int, 1 if the model axes are too many for these heads.
+        int: the number of devices on the model axes, or 1 if half the heads
+        are no multiple of it.
     """
     num_shards = _size(model_axes())
     return num_shards if num_key_value_heads % (2 * num_shards) == 0 else 1
 
 
-def halves_to_shards(x, axis, num_shards):
-    """Reorders an axis: the parts of both halves that a device needs.
+def halves_to_shards(x: ArrayLike, axis: int, num_shards: int) -> jax.Array:
+    """Reorders an axis so that a shard has the same part of both halves.
 
     Args:
         x: array.
-        axis: int. Its size is a multiple of `2 * num_shards`.
+        axis: int. Its size must be a multiple of `2 * num_shards`.
         num_shards: int.
 
     Returns:
-        array of the same shape, split over the model axes.
+        array of the same shape, with the axis sharded over the model axes.
     """
     if num_shards == 1:
         return x
@@ -69,16 +75,19 @@ def halves_to_shards(x, axis, num_shards):
     return _split(x, axis)
 
 
-def halves_from_shards(x, axis, num_shards):
-    """The way back from `halves_to_shards`."""
+def halves_from_shards(x: ArrayLike, axis: int, num_shards: int) -> jax.Array:
+    """The inverse of `halves_to_shards`."""
     return x if num_shards == 1 else _swap(x, axis, (num_shards, 2))
 
 
-def device_axes(batch_size, num_heads):
-    """The axes of the mesh over which rows and heads are split.
+def device_axes(
+    batch_size: int, num_heads: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of the mesh over which rows and heads are sharded.
 
     Returns:
-        Two tuples of str, empty where the number does not divide.
+        Two tuples of str. One is empty if its number is no multiple of the
+        number of devices on these axes.
     """
     distribution = keras.distribution.distribution()
     if distribution is None:
@@ -90,11 +99,14 @@ def device_axes(batch_size, num_heads):
     )
 
 
-def split_heads(query, key, value):
-    """Splits heads over the devices that have the same rows.
+def split_heads(
+    query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Shards heads over the model axes.
 
-    If query heads divide and key/value heads don't, each query head gets a
-    key/value head of its own.
+    If the number of query heads is a multiple of the number of devices there
+    and that of key/value heads is none, key/value heads are repeated, one for
+    each query head.
 
     Args:
         query: array `(batch, length, query_heads, head_dim)`.
@@ -109,21 +121,24 @@ def split_heads(query, key, value):
     if num_query_heads % num_shards or num_shards == 1:
         return query, key, value
     if num_pair_shards(num_heads) == 1:
+        # The projections did not reorder heads for the devices, so all heads
+        # are replicated before each device takes its own.
         query, key, value = (
             _constrain(x, (ANY, ANY, None, None)) for x in (query, key, value)
         )
     if num_heads % num_shards:
-        num_groups = num_query_heads // num_heads
-        key = jnp.repeat(key, num_groups, axis=2)
-        value = jnp.repeat(value, num_groups, axis=2)
+        group_size = num_query_heads // num_heads
+        # (batch, length, query_heads, head_dim)
+        key = jnp.repeat(key, group_size, axis=2)
+        value = jnp.repeat(value, group_size, axis=2)
     return tuple(_split(x, 2) for x in (query, key, value))
 
 
-def on_each_device(function, in_specs, out_specs):
-    """A function that each device runs on what it has, without the others.
+def shard_mapped(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`jax.shard_map` over the mesh: each device runs it on its own shards.
 
-    XLA splits what it knows how to split. It doesn't know Pallas kernels; and
-    an axis of rows and heads in one it knows to split by rows only.
+    It is for what XLA cannot shard itself: a Pallas kernel; and an axis that
+    rows and heads share, which XLA shards by rows only.
 
     Args:
         function: function of arrays.
@@ -131,7 +146,8 @@ def on_each_device(function, in_specs, out_specs):
         out_specs: `PartitionSpec` or tuple of them.
 
     Returns:
-        A function; `function` itself if there is no distribution.
+        A function of whole arrays; `function` itself if there is no
+        distribution.
     """
     if mesh() is None:
         return function
@@ -144,11 +160,12 @@ def on_each_device(function, in_specs, out_specs):
     )
 
 
-def by_row(x):
-    """Puts an array that every process has on the devices, split by rows.
+def by_row(x: np.ndarray) -> np.ndarray | jax.Array:
+    """Shards an array that every process has over the batch axis.
 
     Args:
-        x: numpy array `(batch, ...)`. The batch divides over the devices.
+        x: numpy array `(batch, ...)`. The batch must be a multiple of
+            `num_row_groups()`.
 
     Returns:
         array; `x` itself if there is no distribution.
@@ -160,22 +177,23 @@ def by_row(x):
     return jax.make_array_from_callback(x.shape, layout, lambda i: x[i])
 
 
-def on_every_device(x):
-    """The same array, whole on each device: what a process can read."""
+def replicated(x: jax.Array) -> jax.Array:
+    """Replicates an array, so that every process can read all of it."""
     return x if mesh() is None else _constrain(x, ())
 
 
-def num_row_groups():
-    """Among how many devices, or groups of them, rows are split."""
+def num_row_groups() -> int:
+    """The number of data-parallel groups: of devices with the same rows."""
     distribution = keras.distribution.distribution()
     return distribution.num_model_replicas if distribution else 1
 
 
-def whole_over_rows(variables, values):
-    """Weights as devices with different rows need them: the same for all.
+def gathered_over_batch_axis(
+    variables: Sequence[keras.Variable], values: Sequence[jax.Array]
+) -> Sequence[jax.Array]:
+    """Replicates weights over the batch axis, for a step (FSDP's gather).
 
-    A weight that is split over the devices with different rows is put
-    together, and its gradient is split again.
+    The gradient of a weight that was sharded over it is sharded again.
 
     Args:
         variables: list of `keras.Variable`.
@@ -208,8 +226,8 @@ def _gather_forward(value, split, kept):
 
 
 def _gather_gradient(split, kept, _, cotangent):
-    # Whole first: split in the loop over parts of the head, the gradient of
-    # the embeddings would be added up among the devices for each part.
+    # First replicated: the loop over parts of the head would otherwise sum
+    # the sharded gradient of the embeddings over the devices in each part.
     return (_constrain(_constrain(cotangent, kept), split),)
 
 
@@ -233,6 +251,7 @@ def _swap(x, axis, sizes):
     """Splits an axis into two of these sizes and a rest, and swaps the two."""
     axis %= x.ndim
     parts = (*x.shape[:axis], *sizes, -1, *x.shape[axis + 1 :])
+    # (..., sizes[0], sizes[1], rest, ...) to (..., sizes[1], sizes[0], ...)
     x_parts = jnp.swapaxes(jnp.reshape(x, parts), axis, axis + 1)
     return jnp.reshape(x_parts, x.shape)
 

@@ -1,11 +1,17 @@
+from collections.abc import Mapping
+from typing import Any, Self
+
 import jax
 import keras
+from jax.typing import ArrayLike
 
+from keras_bwetaf.layers.parts import serialized_parts, with_parts
 from keras_bwetaf.layers.rms_normalization import RMSNormalization
 from keras_bwetaf.layers.rounding import round_to
 
-# What a block computes a second time for the gradient: what is not a product
-# with weights; everything.
+PARTS = ("attention", "feedforward")
+# What a training step computes a second time, instead of keeping it for the
+# gradient: everything but products with weights; everything.
 REMAT_POLICIES = {
     "block": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -19,15 +25,15 @@ class TransformerBlock(keras.layers.Layer):
 
     `x = x + dropout(attention(norm(x)))`, then `x = x + feedforward(norm(x))`.
 
-    The attribute `remat` says what a training step computes a second time for
-    the gradient, instead of keeping it: `"none"`; `"attention"`, the weight of
-    each pair of tokens in attention; `"block"`, everything but products with
-    weights; `"full"`, everything, from the block's input.
+    The attribute `remat` says what a training step computes a second time,
+    instead of keeping it for the gradient: `"none"`; `"attention"`, the weight
+    of each pair of tokens in attention; `"block"`, everything but products
+    with weights; `"full"`, everything, from the block's input.
 
     Args:
         attention: layer. Called as `GroupedQueryAttention` is.
         feedforward: layer. Maps `(batch, length, hidden_dim)` to itself.
-        dropout: float. Share of the attention's outputs that are dropped in
+        dropout: float. Share of the attention's outputs that is dropped in
             training.
         layer_norm_epsilon: float. Epsilon of both norms.
         input_precision: str or `None`. Dtype to which the block's input, and
@@ -44,13 +50,13 @@ class TransformerBlock(keras.layers.Layer):
 
     def __init__(
         self,
-        attention,
-        feedforward,
+        attention: keras.layers.Layer,
+        feedforward: keras.layers.Layer,
         *,
-        dropout,
-        layer_norm_epsilon,
-        input_precision=None,
-        **kwargs,
+        dropout: float,
+        layer_norm_epsilon: float,
+        input_precision: str | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.attention = attention
@@ -61,11 +67,11 @@ class TransformerBlock(keras.layers.Layer):
         self.remat = "none"
 
     @property
-    def remat(self):
+    def remat(self) -> str:
         return self._remat
 
     @remat.setter
-    def remat(self, value):
+    def remat(self, value: str) -> None:
         if value not in REMAT:
             raise ValueError(
                 f"`remat` must be one of {REMAT}. Received: remat={value!r}"
@@ -96,14 +102,14 @@ class TransformerBlock(keras.layers.Layer):
 
     def call(
         self,
-        hidden_states,
-        padding_mask=None,
-        positions=None,
-        cache=None,
-        cache_index=None,
-        attention_mask=None,
-        training=None,
-    ):
+        hidden_states: ArrayLike,
+        padding_mask: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+        cache: Any = None,
+        cache_index: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
+        training: bool | None = None,
+    ) -> Any:
         if training and cache is None and self.remat in REMAT_POLICIES:
             return self._rematerialized(hidden_states, padding_mask, positions)
         return self._forward(
@@ -117,8 +123,13 @@ class TransformerBlock(keras.layers.Layer):
         )
 
     def _rematerialized(self, hidden_states, padding_mask, positions):
-        """`call` in training, of which only a part is kept."""
-        # What a step counts, such as dropout's random state, is no float.
+        """`call` in training, with what `remat` says computed again.
+
+        Weights are arguments of the function that JAX differentiates, and
+        changed counters its results: a variable that is assigned inside of it
+        would leak a tracer.
+        """
+        # State that a step changes, such as dropout's seeds, holds ints.
         counters = [
             variable
             for variable in self.non_trainable_variables
@@ -178,12 +189,11 @@ class TransformerBlock(keras.layers.Layer):
     def compute_output_shape(self, hidden_states_shape):
         return hidden_states_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             {
-                "attention": keras.layers.serialize(self.attention),
-                "feedforward": keras.layers.serialize(self.feedforward),
+                **serialized_parts(self, PARTS),
                 "dropout": self.dropout,
                 "layer_norm_epsilon": self.layer_norm_epsilon,
                 "input_precision": self.input_precision,
@@ -192,11 +202,5 @@ class TransformerBlock(keras.layers.Layer):
         return config
 
     @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        for part in ("attention", "feedforward"):
-            serialized = dict(config[part])
-            # Parts are built by the block, under the block's name.
-            serialized.pop("build_config", None)
-            config[part] = keras.layers.deserialize(serialized)
-        return cls(**config)
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        return cls(**with_parts(config, PARTS))

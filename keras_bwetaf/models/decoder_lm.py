@@ -3,7 +3,6 @@
 import os
 from typing import Any, Literal, Self, Unpack
 
-import keras
 import keras_hub
 
 import converters
@@ -13,7 +12,7 @@ from converters.hub import local_folder
 from keras_bwetaf.arguments import BackboneConfig, DType, PathLike
 from keras_bwetaf.exchange.export import as_checkpoint
 from keras_bwetaf.exchange.optimizer_state import load_optimizer_state
-from keras_bwetaf.models.backbone import check_keywords
+from keras_bwetaf.models.decoder import DecoderBackbone
 from keras_bwetaf.models.loading import (
     load_backbone,
     load_preprocessor,
@@ -51,7 +50,7 @@ class CausalLM(Trainer):
         # === Functional Model ===
         inputs = backbone.input
         hidden_states = backbone(inputs)
-        outputs = self.head(hidden_states)
+        outputs = backbone.head(hidden_states)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
 
     @classmethod
@@ -73,7 +72,7 @@ class CausalLM(Trainer):
             preprocessor: `"auto"`, that of the preset; another; or `None`.
             **others: See `keras_bwetaf.from_preset`.
         """
-        check_keywords("from_preset()", config)
+        cls.backbone_cls.check_keywords("from_preset()", config)
         files = open_preset(preset, revision, load_weights)
         backbone = load_backbone(
             cls.backbone_cls, files, load_weights, dtype, config
@@ -97,7 +96,7 @@ class CausalLM(Trainer):
             if operation is self.backbone.token_embedding:
                 backbone = operation_fn(self.backbone)
                 # Or `keras.models.clone_model` gives the head its own weights.
-                if isinstance(backbone, type(self.backbone)):
+                if isinstance(backbone, DecoderBackbone):
                     return backbone.token_embedding
             return operation_fn(operation)
 
@@ -213,74 +212,6 @@ class CausalLM(Trainer):
                 for name, tensor in checkpoint.optimizer.items()
             },
         )
-
-    def head(self, hidden_states):
-        """Logits of hidden states: their product with the embeddings."""
-        return self.backbone.token_embedding(hidden_states, reverse=True)
-
-    def make_cache(self, batch_size, num_slots):
-        """Empty key/value caches.
-
-        Returns:
-            list with a `(key, value)` tuple for each layer, each
-            `(batch_size * num_key_value_heads, num_slots, head_dim)` of the
-            compute dtype.
-        """
-        caches = []
-        for block in self.backbone.transformer_layers:
-            attention = block.attention
-            shape = (
-                batch_size * attention.num_key_value_heads,
-                num_slots,
-                attention.head_dim,
-            )
-            zeros = keras.ops.zeros(shape, dtype=attention.compute_dtype)
-            caches.append((zeros, zeros))
-        return caches
-
-    def call_with_cache(
-        self,
-        token_ids,
-        cache,
-        cache_index,
-        positions,
-        attention_mask=None,
-        padding_mask=None,
-    ):
-        """The backbone on new tokens, with earlier ones in the cache.
-
-        Args:
-            token_ids: int tensor `(batch, length)`.
-            cache: As `make_cache` returns it.
-            cache_index: int. The slot of the first new token.
-            positions: int tensor `(batch, length)`.
-            attention_mask: bool tensor `(batch, length, num_slots)`, the
-                slots that each new token sees.
-            padding_mask: int tensor `(batch, length)`. Instead of
-                `attention_mask`, where the cache is empty: see
-                `BwETAFBackbone`.
-
-        Returns:
-            Tuple of hidden states `(batch, length, hidden_dim)` and the
-            updated cache.
-        """
-        backbone = self.backbone
-        x = backbone.token_embedding(token_ids)
-        x = backbone.embedding_rotary(x, positions)
-        updated = []
-        for block, layer_cache in zip(
-            backbone.transformer_layers, cache, strict=True
-        ):
-            x, layer_cache = block(
-                x,
-                padding_mask=padding_mask,
-                positions=positions,
-                cache=layer_cache,
-                cache_index=cache_index,
-                attention_mask=attention_mask,
-            )
-            updated.append(layer_cache)
-        return x, updated
 
 
 def _remove_older_files(folder, keep_optimizer):

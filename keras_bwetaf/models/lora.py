@@ -1,9 +1,10 @@
-"""LoRA on a backbone: switched on, merged, saved and loaded."""
+"""LoRA on a backbone: enabled, merged, saved and loaded."""
 
 import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 
 import jax
 import keras
@@ -15,6 +16,11 @@ from safetensors.numpy import save
 
 from converters.files import local_path, new_file
 from keras_bwetaf.checks import checked_number, positive_int
+from keras_bwetaf.layers.low_rank import (
+    merged_weight,
+    weight_and_factors,
+    weight_name,
+)
 from keras_bwetaf.processes import gathered, in_first_process
 
 SUFFIX = ".safetensors"
@@ -23,27 +29,32 @@ CONFIG = {"rank", "lora_alpha", "target_layer_names", "base_sha256"}
 
 
 class LoraBackbone(Backbone):
-    """A KerasHub backbone whose LoRA can be chosen, merged and kept in a file.
+    """A KerasHub backbone with LoRA: chosen layers, merging, a file of its own.
 
-    LoRA adds to a weight the product of two factors of low rank, and trains
-    these instead of the weight.
+    LoRA adds the product of two low-rank factors to a weight, and trains the
+    factors instead of the weight.
 
     Reference:
      - [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
     """
 
-    def default_lora_layer_names(self):
+    def default_lora_layer_names(self) -> list[str]:
         return ["query", "value"]
 
-    def enable_lora(self, rank, target_layer_names=None, lora_alpha=None):
+    def enable_lora(
+        self,
+        rank: int,
+        target_layer_names: Sequence[str] | None = None,
+        lora_alpha: float | None = None,
+    ) -> None:
         """Freezes all weights, and adds trainable factors to some.
 
         The model computes the same as before, until it is trained. Compile
-        it afterwards. One factor of each pair starts at random, by the seed
-        of `keras.utils.set_random_seed`.
+        it afterwards. One factor of each pair starts with random numbers, by
+        the seed of `keras.utils.set_random_seed`.
 
         Args:
-            rank: int. The width of the factors.
+            rank: int. The rank of the products: the width of the factors.
             target_layer_names: list of str, the names of layers in each
                 block: `"query"`, `"key"`, `"value"`, `"attention_output"`,
                 `"gate"`, `"intermediate"`, `"output"`; and
@@ -54,7 +65,7 @@ class LoraBackbone(Backbone):
 
         Raises:
             ValueError: If an argument is out of range, there is no such
-                layer, it is quantized, or LoRA is on already.
+                layer, it is quantized, or LoRA is enabled already.
 
         Example:
 
@@ -81,8 +92,8 @@ class LoraBackbone(Backbone):
                 "lora_alpha", lora_alpha, lambda x: x > 0, "greater than 0"
             )
         if getattr(self, "_lora_was_merged", False):
-            # A function compiled for other factors of the same shapes would
-            # be taken for one of these.
+            # JAX would take a function that it compiled for earlier factors,
+            # of the same shapes, for one of these.
             jax.clear_caches()
         self.trainable = True
         for weight in self.weights:
@@ -92,7 +103,7 @@ class LoraBackbone(Backbone):
                 rank, lora_alpha=lora_alpha, **_initializers(layer)
             )
 
-    def merge_lora(self):
+    def merge_lora(self) -> None:
         """Adds the products to their weights, and removes the factors.
 
         The model computes the same as before, within the rounding of its
@@ -100,13 +111,13 @@ class LoraBackbone(Backbone):
         Compile it before you train it further.
 
         Raises:
-            ValueError: If LoRA is not on, or weights are quantized.
+            ValueError: If LoRA is not enabled, or weights are quantized.
         """
         layers = self._enabled_lora_layers()
         _check_not_quantized(layers)
         for layer in layers:
-            weight, factors = _weight_and_factors(layer)
-            weight.assign(_merged(layer))
+            weight, factors = weight_and_factors(layer)
+            weight.assign(merged_weight(layer))
             for factor in factors:
                 layer._untrack_variable(factor)
             layer.lora_enabled = False
@@ -114,23 +125,25 @@ class LoraBackbone(Backbone):
         self.trainable = True
         self._lora_was_merged = True
 
-    def save_to_preset(self, preset_dir, max_shard_size=10):
+    def save_to_preset(
+        self, preset_dir: str | os.PathLike, max_shard_size: float = 10
+    ) -> None:
         with merged_for_saving(self):
             super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
 
-    def save_lora_weights(self, filepath):
+    def save_lora_weights(self, filepath: str | os.PathLike) -> None:
         """Saves the factors, and nothing else, to a file.
 
         The file appears when it is complete. It belongs to the base model,
-        of whose weights it has a digest. With several processes, all must
-        call this; the first one writes.
+        and holds a digest of the base model's weights. With several
+        processes, all must call this; the first one writes.
 
         Args:
             filepath: str or path, that ends in `.safetensors`.
 
         Raises:
-            ValueError: If the name ends otherwise, LoRA is not on, or other
-                weights are trained, too, and would be lost.
+            ValueError: If the name ends otherwise, LoRA is not enabled, or
+                other weights are trained, too, and would be lost.
         """
         with gathered(self.variables):
             in_first_process(
@@ -168,19 +181,19 @@ class LoraBackbone(Backbone):
         with new_file(filepath) as file:
             file.write(content)
 
-    def load_lora_weights(self, filepath):
+    def load_lora_weights(self, filepath: str | os.PathLike) -> None:
         """Loads what `save_lora_weights` saved into the same base model.
 
-        If LoRA is not on, it is switched on as the file needs it. Otherwise
-        it must have been switched on in the same way. The base may be of
-        another dtype than it was.
+        If LoRA is not enabled, this enables it with the arguments of the
+        file. Otherwise it must be enabled with the same arguments. The base
+        model may have another dtype than it had.
 
         Args:
             filepath: str or path, that ends in `.safetensors`.
 
         Raises:
             ValueError: If the file is damaged, or made for another base
-                model, or LoRA is on with another rank or other layers.
+                model, or LoRA is enabled with another rank or other layers.
                 Nothing is changed then.
             FileNotFoundError: If there is no such file.
         """
@@ -249,10 +262,11 @@ class LoraBackbone(Backbone):
 
 
 @contextlib.contextmanager
-def merged_for_saving(backbone):
-    """Within it, LoRA is off, and its products are in the weights.
+def merged_for_saving(backbone: LoraBackbone) -> Iterator[None]:
+    """Inside, LoRA is disabled, and its products are in the weights.
 
-    Keras would round the sums to the dtype of computation.
+    Keras, which merges when it saves, would round the sums to the compute
+    dtype.
 
     Args:
         backbone: `LoraBackbone`.
@@ -260,9 +274,9 @@ def merged_for_saving(backbone):
     weights = {}
     for layer in backbone._lora_layers():
         if layer.quantization_mode is None:
-            weight, _ = _weight_and_factors(layer)
+            weight, _ = weight_and_factors(layer)
             weights[layer] = weight, weight.value
-            weight.assign(_merged(layer))
+            weight.assign(merged_weight(layer))
             layer.lora_enabled = False
     try:
         yield
@@ -282,33 +296,16 @@ def _check_not_quantized(layers):
         )
 
 
-def _merged(layer):
-    """The sum of a layer's weight and LoRA's product, a float32 array."""
-    weight, factors = _weight_and_factors(layer)
-    product = ops.matmul(*factors)
-    return ops.add(weight, layer.lora_alpha / layer.lora_rank * product)
-
-
-def _weight_and_factors(layer):
-    name = _weight_name(layer)
-    factors = [getattr(layer, f"lora_{name}_{x}") for x in "ab"]
-    return getattr(layer, f"_{name}"), factors
-
-
-def _weight_name(layer):
-    is_embedding = isinstance(layer, keras.layers.Embedding)
-    return "embeddings" if is_embedding else "kernel"
-
-
 def _initializers(layer):
-    """Those of a layer's factors, made for it alone.
+    """Initializers of a layer's factors, made for this layer alone.
 
-    An initializer draws its seed when it is made, and with that the same
-    numbers for every layer. As in the paper, the factor that meets the inputs
-    starts at random, by their number, and the other one at zero.
+    An initializer draws its seed when it is made; one for several layers
+    would give them the same numbers. As in the paper, the factor that
+    multiplies the inputs starts with random numbers, of a deviation that
+    depends on the number of inputs, and the other factor with zeros.
     """
-    if _weight_name(layer) == "embeddings":
-        return {}  # Keras's are these.
+    if weight_name(layer) == "embeddings":
+        return {}  # Keras's own do the same.
     at_random = keras.initializers.VarianceScaling(
         scale=2.0, mode="fan_out", distribution="uniform"
     )
@@ -328,8 +325,8 @@ def _factors(backbone):
 def _base_digest(backbone):
     """SHA-256 of all weights but the factors, rounded to bfloat16.
 
-    So it is the same whether the published weights, which are in bfloat16,
-    are loaded in that or in float32.
+    The published weights are in bfloat16. Rounded, they have the same digest
+    whether they are loaded in bfloat16 or in float32.
     """
     digest = hashlib.sha256()
     for weight in backbone.weights:
@@ -354,7 +351,7 @@ def _checked_path(filepath):
 
 
 def _read(filepath):
-    """Returns the arguments and the base's digest, and arrays by path."""
+    """A file's settings (arguments, the base's digest), and arrays by path."""
     try:
         with safetensors.safe_open(filepath, "numpy") as file:
             config = json.loads((file.metadata() or {})[METADATA])
@@ -372,7 +369,7 @@ def _read(filepath):
 def _check_shapes(filepath, tensors, layers, rank):
     expected = {}
     for layer in layers:
-        name = _weight_name(layer)
+        name = weight_name(layer)
         first, second = getattr(layer, f"_{name}").shape
         expected[f"{layer.path}/lora_{name}_a"] = (first, rank)
         expected[f"{layer.path}/lora_{name}_b"] = (rank, second)

@@ -22,11 +22,6 @@ from keras_bwetaf.data.worker import VALIDATION
 from keras_bwetaf.exchange.weights import check_changes
 from keras_bwetaf.layers.sharding import num_row_groups
 from keras_bwetaf.models import BwETAFBackbone, BwETAFCausalLM
-from keras_bwetaf.models.backbone import (
-    check_keywords,
-    checked_config,
-    config_names,
-)
 from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
 )
@@ -272,12 +267,16 @@ def _config(settings):
         ValueError: If it is wrong, or the preset's weights do not fit it.
         TypeError: If there is an unknown name in it.
     """
-    check_keywords("`model`", settings.model)
+    BwETAFBackbone.check_keywords("`model`", settings.model)
     saved = preset_files.load_config(settings.preset)
-    saved = {name: saved[name] for name in config_names() if name in saved}
+    saved = {
+        name: saved[name]
+        for name in BwETAFBackbone.config_names()
+        if name in saved
+    }
     config = {**saved, **settings.model}
     if not _is_new(settings):
-        checked_config(**config)
+        BwETAFBackbone.checked_config(**config)
         check_changes(saved, settings.model)
         return config
     if "rope_dtype" not in settings.model:
@@ -286,7 +285,7 @@ def _config(settings):
         config["rope_dtype"] = "float32"
     if settings.vocabulary_size:
         config["vocabulary_size"] = settings.vocabulary_size
-    checked_config(**config)
+    BwETAFBackbone.checked_config(**config)
     return config
 
 

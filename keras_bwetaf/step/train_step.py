@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from keras_bwetaf.layers.sharding import whole_over_rows
+from keras_bwetaf.layers.sharding import gathered_over_batch_axis
 from keras_bwetaf.step.loss import (
     cross_entropy,
     head_cross_entropy,
@@ -182,7 +182,7 @@ def token_losses(model, trainable, non_trainable, batch, training):
         variables.
     """
     variables = model.trainable_variables + model.non_trainable_variables
-    values = whole_over_rows(variables, [*trainable, *non_trainable])
+    values = gathered_over_batch_axis(variables, [*trainable, *non_trainable])
     mapping = list(zip(variables, values, strict=True))
     inputs = {name: batch[name] for name in ("token_ids", "padding_mask")}
     targets, weights = batch["targets"], batch["weights"]
@@ -195,7 +195,9 @@ def token_losses(model, trainable, non_trainable, batch, training):
             table = keras.ops.convert_to_tensor(embedding.embeddings)
             losses = head_cross_entropy(hidden_states, table, targets, weights)
         else:  # There is no table of floats.
-            losses = cross_entropy(model.head(hidden_states), targets, weights)
+            losses = cross_entropy(
+                model.backbone.head(hidden_states), targets, weights
+            )
         penalty = sum(map(jnp.sum, model.losses), jnp.zeros(()))
     whole = values[len(trainable) :]
     changed = map(scope.get_current_value, model.non_trainable_variables)

@@ -52,11 +52,11 @@ def test_cached_decoding_equals_the_full_pass_at_every_step(lm):
     token_ids = np.random.default_rng(0).integers(1, 300, (2, 100))
     whole = full_logits(lm, token_ids)
     slots = 128
-    cache = lm.make_cache(2, slots)
+    cache = lm.backbone.make_cache(2, slots)
 
     @jax.jit
     def step(token, cache, i):
-        hidden_states, cache = lm.call_with_cache(
+        hidden_states, cache = lm.backbone.hidden_states(
             token,
             cache=cache,
             cache_index=i,
@@ -65,7 +65,7 @@ def test_cached_decoding_equals_the_full_pass_at_every_step(lm):
                 jnp.arange(slots) <= i, (2, 1, slots)
             ),
         )
-        return lm.head(hidden_states)[:, 0], cache
+        return lm.backbone.head(hidden_states)[:, 0], cache
 
     for i in range(100):
         logits, cache = step(token_ids[:, i : i + 1], cache, i)

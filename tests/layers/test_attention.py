@@ -13,6 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 
 from keras_bwetaf.layers import (
     GroupedQueryAttention,
+    RotaryEmbedding,
     attention,
     attention_kernel,
     chosen_attention,
@@ -362,12 +363,18 @@ def test_splash_attention_is_split(monkeypatch, shape, rows, heads):
     np.testing.assert_array_equal(received, expected)
 
 
+def rotary_layers(rope_dtype):
+    return {
+        name: RotaryEmbedding(max_wavelength=10000.0, rope_dtype=rope_dtype)
+        for name in ("query_rotary", "key_rotary")
+    }
+
+
 def test_the_layer_uses_the_kernel():
     layer = GroupedQueryAttention(
         num_query_heads=NUM_HEADS,
         num_key_value_heads=2,
-        rope_max_wavelength=10000.0,
-        rope_dtype=None,
+        **rotary_layers(None),
         initializer_range=0.1,
     )
     x = np.random.default_rng(0).standard_normal((2, LENGTH, 32), "float32")
@@ -386,8 +393,7 @@ def make_attention():
     layer = GroupedQueryAttention(
         num_query_heads=NUM_HEADS,
         num_key_value_heads=2,
-        rope_max_wavelength=10000.0,
-        rope_dtype="float32",
+        **rotary_layers("float32"),
         initializer_range=0.2,
     )
     layer.build((None, None, NUM_HEADS * HEAD_DIM))

@@ -26,7 +26,6 @@ from tests.parity import relative_l2, weights_by_path
 
 LENGTH = 1024
 WIDTH = 96
-ROPE = dict(rope_max_wavelength=10000.0, rope_dtype=None)
 
 
 def random(*shape, seed=0, dtype="float32"):
@@ -61,13 +60,22 @@ def assign(layer, params, prefix):
         variable.assign(weights[path])
 
 
+def rotary_layers(max_wavelength=10000.0, rope_dtype=None):
+    return {
+        name: RotaryEmbedding(
+            max_wavelength=max_wavelength, rope_dtype=rope_dtype, name=name
+        )
+        for name in ("query_rotary", "key_rotary")
+    }
+
+
 def attention_layer(**changes):
     return GroupedQueryAttention(
         **{
             "num_query_heads": 8,
             "num_key_value_heads": 4,
             "initializer_range": 0.02,
-            **ROPE,
+            **rotary_layers(),
             "name": "self_attention",
             **changes,
         }
@@ -284,8 +292,6 @@ CONFIGS = {
     GroupedQueryAttention: dict(
         num_query_heads=4,
         num_key_value_heads=2,
-        rope_max_wavelength=500.0,
-        rope_dtype="float32",
         initializer_range=0.5,
     ),
     TransformerBlock: dict(
@@ -299,6 +305,8 @@ def test_config_holds_every_argument(cls):
     arguments = set(inspect.signature(cls).parameters) - {"kwargs"}
     values = CONFIGS[cls]
     parts = {}
+    if cls is GroupedQueryAttention:
+        parts = rotary_layers(500.0, "float32")
     if cls is TransformerBlock:
         parts = {
             "attention": attention_layer(),
@@ -310,6 +318,8 @@ def test_config_holds_every_argument(cls):
     config = layer.get_config()
     assert values.items() <= config.items()
     assert arguments <= set(config)
+    for name, part in parts.items():
+        assert part.get_config().items() <= config[name]["config"].items()
     again = keras.layers.deserialize(keras.layers.serialize(layer))
     assert type(again) is cls
     assert again.get_config() == config
