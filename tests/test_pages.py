@@ -1,5 +1,6 @@
 """README and docs: code blocks run, links lead somewhere, nothing is lost."""
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -243,3 +244,28 @@ def test_pictures_show_the_committed_numbers(tmp_path):
         assert made == committed and len(made) > 5, name
         assert (module.PICTURES / name).stat().st_size < 100_000
     assert "88.7 (73%)" in [text.strip() for text in committed]
+
+
+def imported(path):
+    """Names of modules that a file imports, and what it imports from them."""
+    for node in ast.walk(ast.parse((pages.ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_walks_go_downwards():
+    """Files of a walk exist and occur once; one above imports each."""
+    walks = pages.read("docs/architecture.md").split("\n### ")[1:]
+    assert len(walks) == 3
+    for walk in walks:
+        files = re.findall(r"^\d+\. `(\S+\.py)`:", walk, re.MULTILINE)
+        assert len(files) == len(set(files)) > 10
+        above = set(imported(files[0]))
+        for path in files[1:]:
+            module = path.removesuffix(".py").replace("/", ".")
+            package = module.rpartition(".")[0]
+            assert module in above or package in above - {"converters"}, path
+            above |= set(imported(path))
