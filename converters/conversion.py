@@ -116,14 +116,13 @@ def write_checkpoint(
 
     Args:
         checkpoint: `Checkpoint`.
-        target, to, dtype, max_shard_size, duplicate_head, overwrite,
-        progress: See `convert`.
+        target: str or path. For it and the other arguments, see `convert`.
 
     Returns:
         dict, the part of what `convert` returns that is about the target.
 
     Raises:
-        As `convert`.
+        CheckpointError: As `convert`.
     """
     target = local_path("target", target)
     _check_options(to, dtype, max_shard_size, duplicate_head)

@@ -16,7 +16,11 @@ def test_first_example_runs(capsys):
     names = {}
     exec(example, names)
     told = capsys.readouterr().out
+    printed = re.search(
+        r"```python\n.*?```\n\n```\n(.*?)\n```", README, re.DOTALL
+    )
     assert told.startswith("Once upon a time") and len(told) > 400
+    assert told.rstrip() == printed[1]
     assert [text[:3] for text in names["texts"]] == ["Onc", "Mia"]
     assert {"tiny", "97m"} <= keras_bwetaf.list_presets().keys()
 
@@ -39,7 +43,8 @@ def test_stories_are_those_of_the_command():
 
 
 def test_files_of_the_tree_exist():
-    (tree,) = re.findall(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    (tree,) = re.findall(r"## Files\n\n```\n(.*?)```", page, re.DOTALL)
     folders, checked = [], 0
     for line in tree.splitlines():
         if line.startswith(" " * 20):

@@ -94,7 +94,9 @@ class BwETAFCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             A `BwETAFCausalLMPreprocessor`.
 
         Raises:
-            As `BwETAFTokenizer.from_preset`.
+            ValueError: If the preset is unknown or has no tokenizer, or its
+                files are damaged.
+            Others: As `keras_bwetaf.from_preset`.
         """
         files = open_preset(preset, revision, weights=False)
         return load_preprocessor(cls, files, **options)

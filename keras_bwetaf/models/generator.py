@@ -233,8 +233,7 @@ class Generator(keras_hub.models.CausalLM):
             prompt: str.
             tokens_per_dispatch: int. How many tokens are made between two
                 pieces of text. Fewer come sooner, more come faster.
-            max_length, stop_token_ids, max_new_tokens, stop_strings,
-            truncation, seed, **sampling: See `generate`.
+            **sampling: See `generate`, also for all other arguments.
 
         Yields:
             str, never empty. A character is never split.
