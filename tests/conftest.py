@@ -1,10 +1,12 @@
 """Shared set-up: environment before imports, then fixtures."""
 
 import contextlib
+import ctypes
 import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
@@ -44,12 +46,33 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
+GROWTH = 300 * 2**20  # Bytes.
+after_freeing = 0
+
+
+def resident():
+    """Bytes of memory that this process has; 0 where Linux's are unknown."""
+    path = Path("/proc/self/statm")
+    pages = path.read_text().split()[1] if path.exists() else 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(autouse=True)
 def without_old_programs():
-    """Frees what a module compiled, or a process grows to gigabytes."""
+    """Frees what tests compiled, or a process grows to gigabytes.
+
+    What a test still needs is then read from the folder of compiled programs.
+    """
+    global after_freeing
     yield
+    if resident() < after_freeing + GROWTH:
+        return
     jax.clear_caches()
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        # Or glibc keeps what was freed.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    after_freeing = resident()
 
 
 @pytest.fixture(scope="session", params=trained.NAMES)
