@@ -38,7 +38,7 @@ BATCH, MODEL = "batch", "model"
 def data_parallel(
     devices: Sequence[str] | None = None,
 ) -> "Sharding":
-    """Each device has all weights and works on its part of a batch's rows.
+    """Replicates the weights, and shards the rows of a batch.
 
     The fastest, as long as weights and optimizer state fit on a device.
 
@@ -112,9 +112,9 @@ def model_parallel(
 class Sharding(keras.distribution.ModelParallel):
     """`keras.distribution.ModelParallel` by `BwETAFBackbone.get_layout_map`.
 
-    A dimension that does not divide over its mesh axis is whole on every
-    device, with one note about all of them when data come. Each process
-    feeds its own rows.
+    A dimension that is no multiple of its mesh axis is replicated; one note
+    lists all of them, when the first batch comes. Each process feeds its own
+    rows.
 
     Args:
         device_mesh: `keras.distribution.DeviceMesh`, whose first axis is that

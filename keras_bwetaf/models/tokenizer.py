@@ -5,8 +5,8 @@ import itertools
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import keras
@@ -15,7 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from converters.files import read_bytes
+from converters.files import new_file, read_bytes
 from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import checked_int, is_int, strings
 from keras_bwetaf.models.backbone import BwETAFBackbone
@@ -507,15 +507,8 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
             dir_path: str. An existing folder.
         """
         content = self.content
-        path = os.path.join(dir_path, TOKENIZER_FILE)
-        partial = f"{path}.{uuid.uuid4().hex}.partial"
-        try:
-            with open(partial, "xb") as file:
-                file.write(content)
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+        with new_file(Path(dir_path, TOKENIZER_FILE)) as file:
+            file.write(content)
 
     def load_assets(self, dir_path):
         """Reads the tokenizer file in a folder.

@@ -24,7 +24,12 @@ class Perplexity(keras.metrics.Mean):
 
 
 class _Directed(MetricsList):
-    """Metrics in such a list as Keras's callbacks look for directions in."""
+    """Several metrics that stand in the list of a model's metrics as one.
+
+    Keras's callbacks look for the direction of "auto" (smaller or greater is
+    better) in lists of this class. Such a list has to have the method of a
+    metric, `result`, to be among a model's metrics.
+    """
 
     def result(self):
         return self.get_result()
@@ -55,5 +60,6 @@ class TokenMetrics:
             num_tokens: float scalar. Sum of the weights of the tokens.
         """
         values = (accuracy, loss)
+        # Not strict: there may be no metrics.
         for metric, value in zip(self._means, values, strict=False):
             metric.update_state(value, sample_weight=num_tokens)

@@ -36,11 +36,11 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     """Saves a training, so that it goes on when the script is run again.
 
     `BwETAFCausalLM.fit` with this callback first restores the latest
-    checkpoint of the folder, if there is one, and takes the steps that are
-    left. These are the same, bit for bit, as if the training had never
-    stopped, also from the middle of an epoch. For that, the data must be a
-    `grain.IterDataset`, such as `load_packed` returns, that does not end; and
-    the script, the versions and the devices must be the same.
+    checkpoint of the folder, if there is one, and then takes the remaining
+    steps, also from the middle of an epoch. They are the same, bit for bit,
+    as in a training that was never interrupted, if the script, the versions
+    and the devices are the same, and if the data are a `grain.IterDataset`
+    that does not end, such as `load_packed` returns.
 
     It saves every `save_every` steps and at the end of each epoch: the model
     with its random state, the optimizer, the metrics of the epoch so far, the
