@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters import bwetaf_v3
+from converters.architectures import architecture_of
 from converters.errors import refuse
 from converters.files import parse_json
 
@@ -44,15 +44,24 @@ class Checkpoint:
     kept: dict = field(default_factory=dict)
 
     @property
+    def architecture(self):
+        """The `Architecture` that the configuration is of."""
+        return architecture_of(self.config, source=self.source)
+
+    @property
     def rows(self):
         """The table's row of every tensor, in canonical order."""
-        return bwetaf_v3.tensors(self.config)
+        return self.architecture.tensors(self.config)
 
     def __getitem__(self, name):
         """The `View` of a weight or of a part of the optimizer's state."""
         if name in self.tensors:
             return self.tensors[name]
         return self.optimizer[name]
+
+    def tensor(self, name):
+        """The values of what `[name]` gives, for a `with` statement."""
+        return self[name].open()
 
     def cast(self, dtype):
         """The checkpoint with weights of another dtype.
@@ -73,7 +82,7 @@ def optimizer_shapes(rows):
     """Names and shapes of the state that belongs to tensors.
 
     Args:
-        rows: list of `bwetaf_v3.Tensor`.
+        rows: list of `architecture.Tensor`.
 
     Returns:
         dict of str to tuple of int.

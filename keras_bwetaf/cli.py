@@ -180,7 +180,7 @@ def info(
     from rich.table import Table
 
     import converters
-    from converters.bwetaf_v3 import tensors
+    from converters.architectures import tensors
     from keras_bwetaf import presets
 
     folder = presets.cached_folder(preset, revision)

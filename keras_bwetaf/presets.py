@@ -10,9 +10,9 @@ import numpy as np
 from huggingface_hub import constants
 
 import converters
-from converters import flax_folder, hugging_face_folder, keras_folder
-from converters.bwetaf_v3 import tensors
-from converters.files import read_json
+from converters import keras_folder
+from converters.architectures import tensors
+from converters.formats import find_format
 from converters.hub import parse_source
 from keras_bwetaf import hub
 from keras_bwetaf.training import run_folder
@@ -49,19 +49,6 @@ PRESETS = {
         },
     },
 }
-
-# Where a tokenizer's settings are, and what they call its special tokens.
-TOKENIZER_SETTINGS = {
-    "safetensors": (
-        hugging_face_folder.TOKENIZER_CONFIG,
-        {"end_token": "eos_token", "unk_token": "unk_token"},
-    ),
-    "flax": (
-        flax_folder.TOKENIZER_CONFIG,
-        {"end_token": "eos_token", "unk_token": "uk_token"},
-    ),
-}
-TOKENIZER_SETTINGS["torch"] = TOKENIZER_SETTINGS["safetensors"]
 
 
 def list_presets():
@@ -140,11 +127,11 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
         _warn_of_no_tokenizer(preset, error)
         backbone = _canonical_backbone({**known["config"], **config}, dtype)
         return BwETAFCausalLM(backbone, preprocessor=None)
-    layout = converters.detect_format(folder)
+    layout = find_format(folder)
     saved = backbone_config(folder)
     if load_weights:
-        hub.check_weights(folder)  # A wrong size may ask for any memory.
-    if layout == "keras":
+        layout.check_weights(folder)  # A wrong size may ask for any memory.
+    if layout.name == "keras":
         backbone = _keras_backbone(folder, saved, config, dtype, load_weights)
     elif not load_weights:
         base = load_config(preset) if known else saved
@@ -152,10 +139,10 @@ def from_preset(preset, dtype=None, load_weights=True, revision=None, **config):
     else:
         backbone = _canonical_backbone({**saved, **config}, dtype, folder)
     preprocessor = None
-    if (folder / hub.TOKENIZERS[layout]).is_file():
+    if (folder / layout.tokenizer).is_file():
         preprocessor = _preprocessor(folder, layout, backbone)
     else:
-        _warn_of_no_tokenizer(preset, f"There is no {hub.TOKENIZERS[layout]}.")
+        _warn_of_no_tokenizer(preset, f"There is no {layout.tokenizer}.")
     return BwETAFCausalLM(backbone, preprocessor)
 
 
@@ -212,9 +199,9 @@ def load_tokenizer(preset, revision=None, **options):
     from keras_hub.tokenizers import Tokenizer
 
     folder = preset_folder(preset, revision, weights=False)
-    layout = converters.detect_format(folder)
-    if layout == "keras":
-        keras_folder.read_documents(folder)
+    layout = find_format(folder)
+    if layout.name == "keras":
+        layout.read_documents(folder)
         with _clear_errors(folder):
             return Tokenizer.from_preset(str(folder), **options)
     return _tokenizer(folder, layout, **options)
@@ -251,18 +238,11 @@ def backbone_config(folder):
         ValueError: If it is no folder of a model, or the configuration is
             damaged.
     """
-    layout = converters.detect_format(folder)
-    if layout == "keras":
-        config = keras_folder.read_config(folder)
-        converters.config_from_keras(
-            config, source=folder / keras_folder.CONFIG
-        )
-        return config
-    if layout == "flax":
-        path = folder / flax_folder.CONFIG
-        config = converters.config_from_flax(read_json(path), source=path)
-    else:
-        config = hugging_face_folder.read_config(folder)
+    layout = find_format(folder)
+    documents = layout.read_documents(folder)
+    _, config = layout.canonical_config(folder, documents)
+    if layout.name == "keras":
+        return keras_folder.read_config(folder)  # Dtypes, too.
     return converters.config_to_keras(config)
 
 
@@ -403,8 +383,8 @@ def _preprocessor(folder, layout, backbone):
         BwETAFCausalLMPreprocessor,
     )
 
-    if layout == "keras":
-        keras_folder.read_documents(folder)
+    if layout.name == "keras":
+        layout.read_documents(folder)
         with _clear_errors(folder):
             return BwETAFCausalLMPreprocessor.from_preset(str(folder))
     return BwETAFCausalLMPreprocessor(
@@ -416,15 +396,17 @@ def _tokenizer(folder, layout, **options):
     """The tokenizer of a folder that is not a KerasHub preset."""
     from keras_bwetaf.models.tokenizer import BwETAFTokenizer
 
-    name, keys = TOKENIZER_SETTINGS[layout]
-    settings = read_json(folder / name) if (folder / name).is_file() else {}
-    special = {
-        argument: settings[key]
-        for argument, key in keys.items()
-        if isinstance(settings.get(key), str)
+    path = folder / layout.tokenizer
+    special = layout.special_tokens(
+        folder, layout.read_documents(folder), path.read_bytes()
+    )
+    names = {"end_token": "eos_token", "unk_token": "unk_token"}
+    given = {
+        argument: special[name]
+        for argument, name in names.items()
+        if isinstance(special[name], str)
     }
-    path = folder / hub.TOKENIZERS[layout]
-    return BwETAFTokenizer(str(path), **{**special, **options})
+    return BwETAFTokenizer(str(path), **{**given, **options})
 
 
 def _shapes(config):

@@ -953,7 +953,7 @@ class Bench:
         data, damages = damage(
             rng, "kept" if is_kept else kind, self.files[name], others
         )
-        to = rng.choice(FORMATS)
+        to = rng.choice(list(FORMATS))
         options = {}
         if to in ("safetensors", "torch") and rng.random() < 0.5:
             options["max_shard_size"] = 500
