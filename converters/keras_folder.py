@@ -39,7 +39,7 @@ CAUSAL_LM, PREPROCESSING, TOKENIZING = (
     )
 )
 # Module and name of each class that a document may have Keras import.
-CLASSES = {
+CLASSES = (
     (None, None),
     ("keras", "DTypePolicy"),
     ("keras", "DTypePolicyMap"),
@@ -50,7 +50,7 @@ CLASSES = {
             *(CAUSAL_LM, PREPROCESSING, TOKENIZING),
         )
     ),
-}
+)
 # Keras names groups by class and attribute where its paths have the names of
 # layers, and numbers the variables of a layer.
 GROUPS = {
