@@ -221,10 +221,7 @@ class _Watched(View):
 
 
 def _check_written(folder, layout, source):
-    """Checks that the new folder can be read.
-
-    What a side file brings along may make one that nobody reads.
-    """
+    """Reads the new folder, which the side file may have spoilt."""
     try:
         if not layout.recognizes(folder):
             raise CheckpointError(f"Expected {layout.sign}.")

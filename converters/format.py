@@ -33,22 +33,23 @@ class Format:
         settings: tuple of str. Patterns of all small files but `stats`.
         heads: tuple of str. The files of which one leads to the weights.
         weights, optimizer: tuples of str. Patterns of files of tensors.
-        optional: tuple of str. Patterns of files that are no part of the
-            model, but of the folder.
+        indexes: tuple of str. Files that say where tensors are.
+        code: tuple of str. Files of code, which is compared, but not run.
         indent: int. Spaces of a level of JSON.
     """
 
-    name = sign = runtime = entry = None
-    config = tokenizer = tokenizer_config = None
+    name = sign = runtime = entry = config = tokenizer = tokenizer_config = ""
     stats = "stats.json"
-    options = required = settings = heads = weights = optimizer = optional = ()
+    options = required = settings = heads = indexes = weights = optimizer = (
+        code
+    ) = ()
     indent = 2
 
     @property
     def files(self):
         """Patterns of all files of a folder, but for the side file."""
-        tensors = {*self.heads, *self.weights, *self.optimizer}
-        return (*self.settings, self.stats, *sorted(tensors), *self.optional)
+        tensors = (*self.weights, *self.optimizer, *self.indexes)
+        return (*self.settings, self.stats, *tensors, *self.code)
 
     def needed(self, names, weights=True):
         """The files that a whole model has, in the likeliest way.
@@ -249,6 +250,10 @@ class Format:
                 the others.
         """
         self.read(folder, optimizer=False)
+
+    def code_problem(self, folder):
+        """What is wrong with the code in a folder (a path): str, or None."""
+        return None
 
 
 def _check_ids(checkpoint):

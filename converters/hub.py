@@ -21,7 +21,6 @@ from converters.errors import CheckpointError
 from converters.files import ADDRESS
 from converters.format import Format
 from converters.formats import FORMATS, KNOWN
-from converters.hugging_face_folder import CODE
 
 SCHEME = "hf://"
 NAME = r"[\w.-]+/[\w.-]+"
@@ -143,14 +142,14 @@ def local_folder(source: str | os.PathLike) -> Path:
         return Path(source)
     repo, revision = repository
     revision = revision or constants.DEFAULT_REVISION
-    needed = KNOWN - set(CODE)  # Nobody reads a folder's code.
+    code = {name for each in FORMATS.values() for name in each.code}
+    needed = KNOWN - code  # Other programs may leave it out.
     commit, files = resolve(
         repo,
         revision,
         lambda _: cached_snapshot(repo, revision, needed) is not None,
     )
-    patterns = {*likeliest(files).files, kept.FILE_NAME} - set(CODE)
-    names = matching(files, patterns)
+    names = matching(files, [*likeliest(files).files, kept.FILE_NAME])
     with clear_errors(repo, revision):
         return download(repo, revision, commit, files, names)
 

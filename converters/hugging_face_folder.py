@@ -104,7 +104,8 @@ class HuggingFaceFolder(Format):
     heads = (f"{WEIGHTS}.safetensors", _index(WEIGHTS))
     weights = _files(WEIGHTS)
     optimizer = _files(OPTIMIZER)
-    optional = (_index(OPTIMIZER), *CODE)
+    indexes = (_index(WEIGHTS), _index(OPTIMIZER))
+    code = CODE
 
     def __init__(self, name, runtime, has_code):
         self.name = name
@@ -241,28 +242,19 @@ class HuggingFaceFolder(Format):
                     folder, part, stem=stem, max_shard_size=max_shard_size
                 )
 
-
-def code_problem(folder):
-    """What is wrong with the code of a PyTorch folder, which is never run.
-
-    Args:
-        folder: path.
-
-    Returns:
-        str, or None if it is this package's code, or not there.
-    """
-    others = []
-    for name in CODE:
-        code = read_bytes_or_none(folder / name)
-        if code not in (None, (CODE_FOLDER / name).read_bytes()):
-            others.append(name)
-    if not others:
-        return None
-    return (
-        f"{folder}: of another version: {', '.join(others)}. transformers "
-        "runs this code, and may compute something else. Bring it up to "
-        f"date: bwetaf-convert convert {folder} NEW --to torch"
-    )
+    def code_problem(self, folder):
+        others = []
+        for name in CODE:
+            code = read_bytes_or_none(folder / name)
+            if code not in (None, (CODE_FOLDER / name).read_bytes()):
+                others.append(name)
+        if not others:
+            return None
+        return (
+            f"{folder}: of another version: {', '.join(others)}. transformers "
+            "runs this code, and may compute something else. Bring it up to "
+            f"date: bwetaf-convert convert {folder} NEW --to torch"
+        )
 
 
 def _without_code(value):

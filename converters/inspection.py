@@ -15,7 +15,6 @@ from converters.flax_format import flatten, read_flax
 from converters.formats import find_format
 from converters.hdf5_format import read_hdf5
 from converters.hub import local_folder
-from converters.hugging_face_folder import code_problem
 from converters.mapped import View, as_bytes, blocks
 from converters.safetensors_format import read_safetensors
 
@@ -116,7 +115,7 @@ def _look(folder: Path):
     except CheckpointError as error:
         problem = str(error)
     else:
-        problem = code_problem(folder)
+        problem = layout.code_problem(folder)
     weights = _matching(folder, layout.weights)
     return layout.name, problem, weights, _matching(folder, layout.optimizer)
 

@@ -94,25 +94,6 @@ def _backbone(document, source):
     return KERAS_BACKBONES[name], config
 
 
-def read_documents(folder):
-    """Reads the JSON files of a folder.
-
-    Args:
-        folder: path.
-
-    Returns:
-        dict of name to dict, of those that are there.
-
-    Raises:
-        CheckpointError: if one of them is damaged.
-    """
-    return {
-        name: document
-        for name in DOCUMENTS
-        if (document := read_json_or_none(folder / name)) is not None
-    }
-
-
 class KerasFolder(Format):
     name = entry = "keras"
     sign = f"{CONFIG} with registered_name (Keras)"
@@ -123,6 +104,7 @@ class KerasFolder(Format):
     required = (CONFIG, TOKENIZER_CONFIG, TOKENIZER)
     settings = (*DOCUMENTS, TOKENIZER)
     heads = (WEIGHTS, SHARDS)
+    indexes = (SHARDS,)
     weights = (WEIGHTS, SHARD)
     optimizer = (OPTIMIZER,)
     indent = 4
@@ -131,7 +113,11 @@ class KerasFolder(Format):
         return "registered_name" in (read_json_or_none(folder / CONFIG) or {})
 
     def read_documents(self, folder):
-        return {CONFIG: read_json(folder / CONFIG)} | read_documents(folder)
+        return {
+            name: document
+            for name in DOCUMENTS
+            if (document := read_json_or_none(folder / name)) is not None
+        }
 
     def special_tokens(self, folder, documents, tokenizer):
         document = documents.get(TOKENIZER_CONFIG)
@@ -298,7 +284,7 @@ def optimizer_names(rows):
     """Where the optimizer's state is in its HDF5 file.
 
     Args:
-        rows: list of `bwetaf_v3.Tensor`.
+        rows: list of `architecture.Tensor`.
 
     Returns:
         dict of path in the file to canonical name.

@@ -10,12 +10,38 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Protocol
 
 import numpy as np
 
 from converters.formats import read_checkpoint
 
 GROUP = "converters.runtimes"
+
+
+class Model(Protocol):
+    """A folder's model in a framework, in float32."""
+
+    def logits(self, token_ids):
+        """Logits in one pass.
+
+        Args:
+            token_ids: int array `(batch, length)`.
+
+        Returns:
+            float64 array `(batch, length, vocabulary)`.
+        """
+
+    def generate(self, prompts, choose, num_tokens):
+        """Continues a batch of prompts, as users do: with a cache.
+
+        Args:
+            prompts: list of int arrays `(length,)`; lengths may differ.
+            choose: callable. Takes the logits of a step, a float64 array
+                `(batch, vocabulary)`, and returns the next tokens, an int
+                array `(batch,)`.
+            num_tokens: int. How many times to call it.
+        """
 
 
 @dataclass(frozen=True)
@@ -25,8 +51,8 @@ class Runtime:
     Args:
         name: str. For people.
         packages: tuple of str. What has to be installed.
-        load: callable. Takes a folder, returns a `TorchModel` or something
-            that has the same methods. None for one that no package brings.
+        load: callable. Takes a folder, returns a `Model`. None for a
+            runtime that no package brings.
     """
 
     name: str
@@ -81,7 +107,7 @@ def prepare(runtimes):
 
 
 class TorchModel:
-    """A folder's model in PyTorch, in float32.
+    """A `Model` in PyTorch.
 
     It runs this package's own code, and nothing of the folder but checked
     values to configure it.
@@ -114,14 +140,6 @@ class TorchModel:
                     parameter.copy_(torch.from_numpy(array.astype("float32")))
 
     def logits(self, token_ids):
-        """Logits in one pass.
-
-        Args:
-            token_ids: int array `(batch, length)`.
-
-        Returns:
-            float64 array `(batch, length, vocabulary)`.
-        """
         import torch  # slow, and optional
 
         with torch.inference_mode():
@@ -129,15 +147,6 @@ class TorchModel:
         return outputs.logits.double().numpy()
 
     def generate(self, prompts, choose, num_tokens):
-        """Continues a batch of prompts, as users do: with a cache.
-
-        Args:
-            prompts: list of int arrays `(length,)`; lengths may differ.
-            choose: callable. Takes the logits of a step, a float64 array
-                `(batch, vocabulary)`, and returns the next tokens, an int
-                array `(batch,)`.
-            num_tokens: int. How many times to call it.
-        """
         import torch  # slow, and optional
 
         def process(_, logits):

@@ -9,7 +9,6 @@ import numpy as np
 from converters.checkpoint import same_tokenizer
 from converters.formats import find_format
 from converters.hub import local_folder
-from converters.hugging_face_folder import code_problem
 from converters.mapped import blocks, different
 from converters.runtimes import is_installed, prepare, runtime
 
@@ -91,7 +90,11 @@ def verify(
     else:
         runtimes = [runtime(layout.runtime) for layout in layouts]
         outcome = _compare_logits(runtimes, folders, one.config)
-    code = [problem for each in folders if (problem := code_problem(each))]
+    code = [
+        problem
+        for layout, folder in zip(layouts, folders, strict=True)
+        if (problem := layout.code_problem(folder))
+    ]
     return {
         "left": str(left),
         "right": str(right),

@@ -12,7 +12,7 @@ from keras_bwetaf.presets import from_preset
 
 
 class KerasModel:
-    """A folder's model in Keras, in float32.
+    """A `converters.runtimes.Model` in Keras.
 
     Args:
         folder: path.
@@ -25,28 +25,11 @@ class KerasModel:
         self._lm = BwETAFCausalLM(lm.backbone)
 
     def logits(self, token_ids):
-        """Logits in one pass.
-
-        Args:
-            token_ids: int array `(batch, length)`.
-
-        Returns:
-            float64 array `(batch, length, vocabulary)`.
-        """
         token_ids = token_ids.astype("int32")
         inputs = {"token_ids": token_ids, "padding_mask": token_ids * 0 + 1}
         return self._lm(inputs).__array__().astype("float64")
 
     def generate(self, prompts, choose, num_tokens):
-        """Continues a batch of prompts, as users do: with a cache.
-
-        Args:
-            prompts: list of int arrays `(length,)`; lengths may differ.
-            choose: callable. Takes the logits of a step, a float64 array
-                `(batch, vocabulary)`, and returns the next tokens, an int
-                array `(batch,)`.
-            num_tokens: int. How many times to call it.
-        """
         self._lm.compile(sampler=_Chooser(choose))
         lengths = np.array([len(prompt) for prompt in prompts])
         mask = np.arange(lengths.max()) < lengths[:, None]
@@ -63,7 +46,7 @@ class _Chooser(keras_hub.samplers.Sampler):
     """A sampler that asks for each token outside of the compiled loop.
 
     Args:
-        choose: callable. See `KerasModel.generate`.
+        choose: callable. See `converters.runtimes.Model`.
     """
 
     def __init__(self, choose):
