@@ -119,3 +119,9 @@ class Architecture:
     flax_settings: Callable
     config_from_keras: Callable
     config_to_keras: Callable
+
+    @property
+    def code(self):
+        """The files of `converters.transformers_model` that it needs."""
+        modules = {each.partition(".")[0] for each in self.auto_map.values()}
+        return tuple(f"{module}.py" for module in sorted(modules))

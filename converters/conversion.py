@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import kept
-from converters.checkpoint import FLOATS, STEP, Checkpoint
+from converters.checkpoint import FLOATS, STEP, Checkpoint, Float
 from converters.errors import CheckpointError, refuse
 from converters.files import local_path, new_folder
 from converters.formats import (
@@ -28,7 +28,7 @@ def convert(
     target: str | os.PathLike,
     *,
     to: FormatName,
-    dtype: str | None = None,
+    dtype: Float | None = None,
     max_shard_size: int | None = None,
     duplicate_head: bool = False,
     optimizer: bool = True,
@@ -110,7 +110,7 @@ def write_checkpoint(
     target: str | os.PathLike,
     *,
     to: FormatName,
-    dtype: str | None = None,
+    dtype: Float | None = None,
     max_shard_size: int | None = None,
     duplicate_head: bool = False,
     overwrite: bool = False,

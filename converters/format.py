@@ -40,9 +40,8 @@ class Format:
 
     name = sign = runtime = entry = config = tokenizer = tokenizer_config = ""
     stats = "stats.json"
-    options = required = settings = heads = indexes = weights = optimizer = (
-        code
-    ) = ()
+    options = required = settings = heads = code = ()
+    weights = optimizer = indexes = ()
     indent = 2
 
     @property
@@ -230,7 +229,7 @@ class Format:
             checkpoint: `Checkpoint`.
 
         Returns:
-            dict.
+            dict of name to dict, to bytes, or to None: the files to write.
         """
         raise NotImplementedError
 

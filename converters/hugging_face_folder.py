@@ -33,15 +33,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"
-CODE = tuple(
-    sorted(
-        {
-            f"{value.partition('.')[0]}.py"
-            for each in ARCHITECTURES
-            for value in each.auto_map.values()
-        }
-    )
-)
+CODE = tuple(sorted({name for each in ARCHITECTURES for name in each.code}))
 CODE_FOLDER = Path(__file__).parent / "transformers_model"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Keys by which a document has transformers fetch and run code, whatever the
@@ -208,12 +200,9 @@ class HuggingFaceFolder(Format):
         architecture.check_equal(checkpoint.config, config, source=source)
         if self.has_code:
             config["auto_map"] = dict(architecture.auto_map)
+            for name in architecture.code:
+                documents[name] = (CODE_FOLDER / name).read_bytes()
         return documents
-
-    def write_documents(self, folder, documents):
-        code = CODE if self.has_code else ()
-        files = {name: (CODE_FOLDER / name).read_bytes() for name in code}
-        super().write_documents(folder, documents | files)
 
     def write_tensors(
         self,
