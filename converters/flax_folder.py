@@ -27,6 +27,8 @@ OPTAX_CHAIN = {"0": ADAM, "1": {}, "2": {"count": STEP}}
 
 
 class FlaxFolder(Format):
+    """The original's format."""
+
     name = entry = "flax"
     sign = f"{CONFIG} (Flax)"
     runtime = "keras_bwetaf"

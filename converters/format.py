@@ -1,5 +1,6 @@
 """What a format is: the files of a model folder, and the way in and out."""
 
+import abc
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from converters.errors import CheckpointError, all_of
 from converters.files import read_bytes_or_none, read_stats, write_files
 
 
-class Format:
+class Format(abc.ABC):
     """A format of model folders; its module has a subclass and an instance.
 
     `read` and `write` are the same for all formats, up to the methods below
@@ -60,9 +61,10 @@ class Format:
         Returns:
             tuple of str.
         """
-        heads = [*(head for head in self.heads if head in names), *self.heads]
-        first, *others = self.required
-        return (first, *(heads[:1] if weights else ()), *others)
+        if not weights:
+            return self.required
+        found = (head for head in self.heads if head in names)
+        return (*self.required, next(found, self.heads[0]))
 
     def read(self, folder, optimizer=True):
         """Reads and checks a folder; see `converters.read_checkpoint`.
@@ -153,18 +155,19 @@ class Format:
 
     # What a format has its own of.
 
+    @abc.abstractmethod
     def recognizes(self, folder):
         """Whether a folder (a path) is of this format."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read_documents(self, folder):
         """Reads the JSON files of a folder (a path): dict of name to dict."""
-        raise NotImplementedError
 
     def read_tokenizer(self, folder):
         """The bytes of a `tokenizers` JSON, or None."""
         return read_bytes_or_none(folder / self.tokenizer)
 
+    @abc.abstractmethod
     def special_tokens(self, folder, documents, tokenizer):
         """The special tokens of a folder that has a tokenizer.
 
@@ -177,8 +180,8 @@ class Format:
             dict of `"eos_token"` and `"unk_token"` to what the settings have
             for them, or None.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def canonical_config(self, folder, documents, eos_token_id=0):
         """The configuration of the model.
 
@@ -190,8 +193,8 @@ class Format:
         Returns:
             `Architecture`, and dict: the canonical configuration.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read_weights(self, folder, rows):
         """Indexes the weights: dict of canonical name to `View`.
 
@@ -199,8 +202,8 @@ class Format:
             folder: path.
             rows: list of `architecture.Tensor`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read_optimizer(self, folder, rows):
         """Indexes the optimizer's state, if there is one.
 
@@ -211,15 +214,15 @@ class Format:
             dict of name to `View`, or None; and a dict of documents that lie
             in the same file.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def documents(self, checkpoint):
         """The JSON files that follow from a checkpoint: dict of name to dict.
 
         The first has the configuration.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def checked(self, documents, checkpoint):
         """Checks, and if need be changes, what is to be written.
 
@@ -231,15 +234,14 @@ class Format:
         Returns:
             dict of name to dict, to bytes, or to None: the files to write.
         """
-        raise NotImplementedError
 
     def write_documents(self, folder, documents):
         """Writes what `checked` returned."""
         write_files(folder, documents, indent=self.indent)
 
+    @abc.abstractmethod
     def write_tensors(self, folder, checkpoint, documents, **options):
         """Writes the weights and the optimizer's state, if there is one."""
-        raise NotImplementedError
 
     def check_weights(self, folder):
         """Checks a folder (a path), but not the values of its weights.

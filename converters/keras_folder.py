@@ -95,6 +95,8 @@ def _backbone(document, source):
 
 
 class KerasFolder(Format):
+    """KerasHub's format."""
+
     name = entry = "keras"
     sign = f"{CONFIG} with registered_name (Keras)"
     runtime = "keras_bwetaf"

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 import converters
 from converters import keras_folder
 from converters.architectures import tensors
+from converters.files import read_bytes
 from converters.formats import find_format
 from converters.hub import parse_source
 from keras_bwetaf import hub
@@ -398,7 +399,7 @@ def _tokenizer(folder, layout, **options):
 
     path = folder / layout.tokenizer
     special = layout.special_tokens(
-        folder, layout.read_documents(folder), path.read_bytes()
+        folder, layout.read_documents(folder), read_bytes(path)
     )
     names = {"end_token": "eos_token", "unk_token": "unk_token"}
     given = {

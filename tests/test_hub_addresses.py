@@ -106,7 +106,7 @@ def test_functions(published, tmp_path, place):
         (
             keras_bwetaf.cli.main,
             f"train run --data {DATA} --preset {MODEL} --steps 1 "
-            "--batch-size 8 --sequence-length 16",
+            "--batch-size 8 --sequence-length 16 --validation-fraction 0",
         ),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
