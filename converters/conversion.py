@@ -136,13 +136,14 @@ def write_checkpoint(
     if dtype is not None:
         checkpoint = checkpoint.cast(DTYPES[dtype])
     watch = _Watch(checkpoint, progress)
+    watched = watch.each(checkpoint)
     options = {}
     if max_shard_size is not None:
         options["max_shard_size"] = max_shard_size
     if duplicate_head:
         options["duplicate_head"] = True
     with new_folder(target, replace=overwrite) as folder:
-        FORMATS[to].write(folder, watch.checkpoint, **options)
+        FORMATS[to].write(folder, watched, **options)
         _check_written(folder, FORMATS[to], checkpoint.source)
         if overwrite:
             _check_target(target)  # Nothing may have come in the meantime.
@@ -159,12 +160,14 @@ def write_checkpoint(
 class _Watch:
     """Looks at each tensor of a checkpoint when it is read.
 
+    It does not keep the checkpoint: mapped files close with the last tensor,
+    and not when Python finds a circle of objects.
+
     Args:
         checkpoint: `Checkpoint`.
         progress: callable or None. See `convert`.
 
     Attributes:
-        checkpoint: `Checkpoint`, the same one, whose tensors are watched.
         sizes: dict of name to bytes, of every tensor.
         total: int. Bytes in all.
         non_finite: dict of name to the number of values that are NaN or
@@ -172,11 +175,6 @@ class _Watch:
     """
 
     def __init__(self, checkpoint, progress):
-        self.checkpoint = replace(
-            checkpoint,
-            tensors=self._each(checkpoint.tensors),
-            optimizer=checkpoint.optimizer and self._each(checkpoint.optimizer),
-        )
         tensors = checkpoint.tensors | (checkpoint.optimizer or {})
         self.sizes = {name: each.nbytes for name, each in tensors.items()}
         self.total = sum(self.sizes.values())
@@ -184,11 +182,19 @@ class _Watch:
         self._done = set()
         self._progress = progress
 
-    def _each(self, tensors):
-        return {
-            name: _Watched(each.mapped, each.transforms, each.dtype, name, self)
-            for name, each in tensors.items()
-        }
+    def each(self, checkpoint):
+        """The checkpoint with tensors that tell of their reading."""
+        weights, state = (
+            tensors
+            and {
+                name: _Watched(
+                    each.mapped, each.transforms, each.dtype, name, self
+                )
+                for name, each in tensors.items()
+            }
+            for tensors in (checkpoint.tensors, checkpoint.optimizer)
+        )
+        return replace(checkpoint, tensors=weights, optimizer=state)
 
     def look(self, name, tensor, array):
         """Counts values that are NaN or infinite; refuses an overflow."""
@@ -235,7 +241,7 @@ def _check_written(folder, layout, source):
 
 def _check_options(to, dtype, max_shard_size, duplicate_head):
     problems = []
-    if to not in FORMATS:
+    if to not in tuple(FORMATS):  # A list, say, is no key.
         problems.append(
             f"`to` must be one of {', '.join(FORMATS)}. Received: {to!r}"
         )

@@ -1,5 +1,7 @@
 """A format and an architecture are one object each, in one list."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import get_args
 
@@ -157,6 +159,19 @@ def test_a_tensor_is_given_back(tiny, monkeypatch):
     with pytest.raises(ZeroDivisionError), checkpoint.tensor(row.name):
         raise ZeroDivisionError
     assert released == [checkpoint[row.name].mapped] * 2
+
+
+def test_files_close_with_the_last_tensor(tiny, tmp_path):
+    """And not when the collector finds a circle."""
+    checkpoint = converters.read_checkpoint(tiny["flax"])
+    buffer = weakref.ref(checkpoint[checkpoint.rows[0].name].mapped.buffer)
+    gc.disable()
+    try:
+        converters.write_checkpoint(checkpoint, tmp_path / "new", to="keras")
+        del checkpoint
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 def test_a_runtime_that_no_package_brings(tiny, monkeypatch):
