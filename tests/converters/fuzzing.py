@@ -926,7 +926,8 @@ class Bench:
             readable=[self.work, Path(converters.__file__).parent],
             writable=[self.target, self.work / ".target."],
         )
-        codecs.lookup("ascii")
+        for codec in ("ascii", "unicode_escape"):  # of messages
+            codecs.lookup(codec)
         # Whatever is imported or compiled on first use, is so before a case.
         for folder in sorted(self.work.iterdir()):
             for to in FORMATS:
