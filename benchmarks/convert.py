@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 import converters
-from converters.bwetaf_v3 import tensors
+from converters.architectures import tensors
 from converters.formats import FORMATS
 from converters.transforms import view
 
@@ -141,7 +141,7 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folders = {each: Path(temporary, each) for each in FORMATS}
         make_checkpoint(folders["flax"], arguments.dtype)
-        for to in FORMATS[1:]:
+        for to in list(FORMATS)[1:]:
             converters.convert(folders["flax"], folders[to], to=to)
         target = Path(temporary, "target")
         rounds = list(itertools.product(range(arguments.rounds), runs))

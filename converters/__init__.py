@@ -5,7 +5,7 @@ KerasHub preset) and PyTorch (a `transformers` folder). Needs neither Keras
 nor JAX nor PyTorch.
 """
 
-from converters.bwetaf_v3_config import (
+from converters.architectures import (
     check_config,
     config_from_flax,
     config_from_keras,

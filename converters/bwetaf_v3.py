@@ -1,28 +1,9 @@
 """The tensors of the version 3 architecture: one table for every direction."""
 
-from dataclasses import dataclass
-
+from converters import bwetaf_v3_config
+from converters.architecture import Architecture, KerasClass, Kind, Tensor
 from converters.bwetaf_v3_config import per_layer
-from converters.transforms import Half, Squeeze, Transpose, view_shape
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How each format ends a tensor's name and lays out its values.
-
-    Args:
-        flax: str. Last part of the Flax path.
-        name: str. Last part of the canonical name.
-        keras: str. Last part of the Keras path.
-        from_flax: tuple of transforms that show the Flax tensor in the
-            canonical layout, which is Keras's, too.
-    """
-
-    flax: str
-    name: str
-    keras: str
-    from_flax: tuple = ()
-
+from converters.transforms import Half, Squeeze, Transpose
 
 TURN, FLAT, VALUE, GATE = Transpose(), Squeeze(), Half(0), Half(1)
 
@@ -71,38 +52,8 @@ LAYER_ROWS = (
 )
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One canonical tensor of one model, and its place in every format.
-
-    Args:
-        kind: `Kind`.
-        flax: tuple of str. Path in the Flax tree.
-        flax_shape: tuple of int.
-        name: str. Canonical name.
-        keras: str. Path of the Keras variable.
-    """
-
-    kind: Kind
-    flax: tuple
-    flax_shape: tuple
-    name: str
-    keras: str
-
-    @property
-    def shape(self):
-        return view_shape(self.kind.from_flax, self.flax_shape)
-
-
 def tensors(config):
-    """Lists the tensors of a model.
-
-    Args:
-        config: dict. A canonical configuration that `check_config` accepts.
-
-    Returns:
-        list of `Tensor`, the embedding first, then layer by layer.
-    """
+    """Lists the tensors of a model; see `Architecture`."""
     sizes = {
         "1": 1,
         "v": config["vocab_size"],
@@ -134,3 +85,27 @@ def _tensor(row, sizes, prefixes=("", "", "")):
         name=f"{name}.{kind.name}",
         keras=f"{keras}/{kind.keras}",
     )
+
+
+BWETAF_V3 = Architecture(
+    model_type=bwetaf_v3_config.MODEL_TYPE,
+    keras_backbone=KerasClass(
+        "keras_bwetaf", "models.backbone", "BwETAFBackbone", "bw_etaf_backbone"
+    ),
+    auto_map={
+        "AutoConfig": "configuration_bwetaf.BwETAFConfig",
+        "AutoModel": "modeling_bwetaf.BwETAFModel",
+        "AutoModelForCausalLM": "modeling_bwetaf.BwETAFForCausalLM",
+    },
+    recognizes_flax=lambda flax: True,
+    tensors=tensors,
+    config_names=tuple(bwetaf_v3_config.CANONICAL_NAMES),
+    check_config=bwetaf_v3_config.check_config,
+    check_equal=bwetaf_v3_config.check_equal,
+    canonical_config=bwetaf_v3_config.canonical_config,
+    config_from_flax=bwetaf_v3_config.config_from_flax,
+    config_to_flax=bwetaf_v3_config.config_to_flax,
+    flax_settings=bwetaf_v3_config.flax_settings,
+    config_from_keras=bwetaf_v3_config.config_from_keras,
+    config_to_keras=bwetaf_v3_config.config_to_keras,
+)

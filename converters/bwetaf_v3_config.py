@@ -1,4 +1,7 @@
-"""The configuration of version 3: one table of names for every direction."""
+"""The configuration of version 3: one table of names for every direction.
+
+What its functions take and return is said at `architecture.Architecture`.
+"""
 
 import sys
 from collections.abc import Callable
@@ -96,6 +99,7 @@ FIELDS = (
         None,
     ),
 )
+MODEL_TYPE = "bwetaf"
 SETTLED = {"hidden_act": "silu", "tie_word_embeddings": True}
 
 FLAX_NAMES = {field.name: field.flax for field in FIELDS if field.flax}
@@ -103,6 +107,14 @@ KERAS_NAMES = {field.name: field.keras for field in FIELDS}
 CANONICAL_NAMES = {field.name: field.name for field in FIELDS}
 # Instead of the number of key/value heads, Flax has the ratio of the two.
 REPEATS = "gqa_repeats"
+# In the order in which the original writes them; the two without a place in
+# the canonical configuration change no number.
+FLAX_SETTINGS = (
+    *("num_heads", "attention_dim", "vocab_size", "num_blocks", "ff_dim"),
+    *("dropout_rate", "possible_opt_path", "max_len", "attn_chunks"),
+    *(REPEATS, "emb_init_range", "param_init_rage"),
+)
+NEUTRAL = {"possible_opt_path": "", "attn_chunks": 1}
 FLAX_DEFAULTS = {
     field.flax: field.original for field in FIELDS if field.flax
 } | {REPEATS: 1}
@@ -111,21 +123,7 @@ FLAX_DEFAULTS = {
 def config_from_flax(
     flax, *, dtype="float32", eos_token_id=0, source="Flax config"
 ):
-    """Converts the original's configuration to the canonical one.
-
-    Args:
-        flax: dict, the content of `understanding_good_stuff.json`. Keys
-            that change nothing are left out.
-        dtype: str. The weights'.
-        eos_token_id: int.
-        source: str or path. For messages.
-
-    Returns:
-        dict, the content of `config.json`.
-
-    Raises:
-        CheckpointError: if a value is missing or not accepted.
-    """
+    """The original's configuration -> the canonical one."""
     values = _read(FLAX_DEFAULTS | flax, FLAX_NAMES, source)
     repeats = flax.get(REPEATS, FLAX_DEFAULTS[REPEATS])
     heads = values["num_attention_heads"]
@@ -147,18 +145,7 @@ def config_from_flax(
 
 
 def config_to_flax(config, *, source="config"):
-    """Converts the canonical configuration to the original's.
-
-    Args:
-        config: dict, a canonical configuration.
-        source: str or path. For messages.
-
-    Returns:
-        dict, with the values that are the original's defaults.
-
-    Raises:
-        CheckpointError: if the original cannot express a value.
-    """
+    """The canonical configuration -> the original's."""
     check_config(config, source=source)
     problems = [
         f"{field.name} must be {field.original!r}, for the original has no "
@@ -183,56 +170,29 @@ def config_to_flax(config, *, source="config"):
     return flax | {REPEATS: repeats.pop()}
 
 
+def flax_settings(config, *, source="config"):
+    """The canonical configuration -> all that the original writes."""
+    flax = config_to_flax(config, source=source) | NEUTRAL
+    return {name: flax[name] for name in FLAX_SETTINGS}
+
+
 def config_from_keras(
     keras, *, dtype="float32", eos_token_id=0, source="Keras config"
 ):
-    """Converts a Keras backbone's configuration to the canonical one.
-
-    Args:
-        keras: dict with the keys that `config_to_keras` gives; others are
-            left out.
-        dtype: str. The weights'.
-        eos_token_id: int.
-        source: str or path. For messages.
-
-    Returns:
-        dict, the content of `config.json`.
-
-    Raises:
-        CheckpointError: if a value is missing or not accepted.
-    """
+    """The backbone's arguments -> the canonical configuration."""
     values = _read(keras, KERAS_NAMES, source)
     _check_heads(values, KERAS_NAMES, source)
     return canonical_config(values, dtype=dtype, eos_token_id=eos_token_id)
 
 
 def config_to_keras(config, *, source="config"):
-    """Converts the canonical configuration to a Keras backbone's.
-
-    Args:
-        config: dict, a canonical configuration.
-        source: str or path. For messages.
-
-    Returns:
-        dict, the arguments of the backbone.
-
-    Raises:
-        CheckpointError: if a value is missing or not accepted.
-    """
+    """The canonical configuration -> the backbone's arguments."""
     check_config(config, source=source)
     return {keras: config[name] for name, keras in KERAS_NAMES.items()}
 
 
 def check_config(config, *, source="config"):
-    """Checks a canonical configuration.
-
-    Args:
-        config: dict. Keys that the model does not have are left alone.
-        source: str or path. For messages.
-
-    Raises:
-        CheckpointError: that lists every value that is not accepted.
-    """
+    """Checks every value of a canonical configuration."""
     values = _read(config, CANONICAL_NAMES, source)
     _check_heads(values, CANONICAL_NAMES, source)
     problems = [
@@ -244,16 +204,7 @@ def check_config(config, *, source="config"):
 
 
 def check_equal(config, written, *, source="config"):
-    """Checks that what is written still means the same model.
-
-    Args:
-        config: dict, a canonical configuration.
-        written: dict, the one read back from what is to be written.
-        source: str or path. For messages.
-
-    Raises:
-        CheckpointError: if they differ in a value of the model.
-    """
+    """Checks that what is written still means the same model."""
     refuse(
         source,
         [
@@ -324,19 +275,10 @@ def _check_heads(values, names, source):
 
 
 def canonical_config(values, *, dtype, eos_token_id):
-    """The canonical configuration with these values and no other.
-
-    Args:
-        values: dict with a value for each canonical name of the model's.
-        dtype: str. The weights'.
-        eos_token_id: int.
-
-    Returns:
-        dict, the content of `config.json`.
-    """
+    """The canonical configuration with these values and no other."""
     return {
         "architectures": ["BwETAFForCausalLM"],
-        "model_type": "bwetaf",
+        "model_type": MODEL_TYPE,
         **{field.name: values[field.name] for field in FIELDS},
         **SETTLED,
         "bos_token_id": None,

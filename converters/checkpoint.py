@@ -1,13 +1,16 @@
 """A model in canonical terms, whatever format it was read from."""
 
+import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any, Literal, get_args
 
-from converters import bwetaf_v3
+from converters.architectures import architecture_of
 from converters.errors import refuse
 from converters.files import parse_json
+from converters.mapped import View
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
+Float = Literal["float16", "bfloat16", "float32", "float64"]
+FLOATS = get_args(Float)
 # The optimizer's step counter and its moments under PyTorch's names, and what
 # optax and Keras call the moments.
 STEP = "step"
@@ -21,7 +24,7 @@ class Checkpoint:
     """A model whose tensors are still in their files.
 
     Args:
-        source: path of the folder, for messages.
+        source: str or path. Of the folder, for messages.
         config: dict. The canonical configuration.
         tensors: dict of canonical name to `View`, in canonical layout.
         optimizer: dict of name to `View`: `"step"`, and for every tensor
@@ -34,25 +37,34 @@ class Checkpoint:
             `converters.kept`.
     """
 
-    source: Path
-    config: dict
-    tensors: dict
-    optimizer: dict | None = None
+    source: str | os.PathLike
+    config: dict[str, Any]
+    tensors: dict[str, View]
+    optimizer: dict[str, View] | None = None
     tokenizer: bytes | None = None
-    special_tokens: dict = field(default_factory=dict)
+    special_tokens: dict[str, Any] = field(default_factory=dict)
     stats: bytes | None = None
-    kept: dict = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def architecture(self):
+        """The `Architecture` that the configuration is of."""
+        return architecture_of(self.config, source=self.source)
 
     @property
     def rows(self):
         """The table's row of every tensor, in canonical order."""
-        return bwetaf_v3.tensors(self.config)
+        return self.architecture.tensors(self.config)
 
     def __getitem__(self, name):
         """The `View` of a weight or of a part of the optimizer's state."""
         if name in self.tensors:
             return self.tensors[name]
         return self.optimizer[name]
+
+    def tensor(self, name):
+        """The values of what `[name]` gives, for a `with` statement."""
+        return self[name].open()
 
     def cast(self, dtype):
         """The checkpoint with weights of another dtype.
@@ -73,7 +85,7 @@ def optimizer_shapes(rows):
     """Names and shapes of the state that belongs to tensors.
 
     Args:
-        rows: list of `bwetaf_v3.Tensor`.
+        rows: list of `architecture.Tensor`.
 
     Returns:
         dict of str to tuple of int.

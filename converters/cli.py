@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+# What typer lists as the choices of an option, and checks it against.
 Format = enum.StrEnum("Format", {name: name for name in FORMATS})
 DType = enum.StrEnum("DType", {name: name for name in FLOATS})
 
@@ -44,9 +45,11 @@ NoOptimizer = Annotated[
 def parse_size(text):
     """Bytes of a size such as 5GB, 500MiB or 1000000."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([kmgt]?)(i?)b?", text.lower())
-    size = match and int(
-        float(match[1]) * (1024 if match[3] else 1000) ** "_kmgt".find(match[2])
-    )
+    size = 0
+    if match:
+        number, prefix, binary = match.groups()
+        power = ["", "k", "m", "g", "t"].index(prefix)
+        size = int(float(number) * (1024 if binary else 1000) ** power)
     if not size:
         raise typer.BadParameter(
             f"expected a size such as 5GB, 500MiB or 1000000, got {text!r}"
@@ -213,4 +216,5 @@ def main():
     except (OSError, ValueError) as error:
         message = printable(str(error), keep="\n")
         print(f"bwetaf-convert: {message}", file=sys.stderr)
+        # Of `verify`, 1 says that two folders differ.
         sys.exit(2 if "verify" in sys.argv[1:2] else 1)

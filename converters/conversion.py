@@ -1,36 +1,40 @@
 """`convert`: a model folder of one format -> a folder of another."""
 
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from converters import kept
-from converters.checkpoint import FLOATS, STEP
+from converters.checkpoint import FLOATS, STEP, Checkpoint, Float
 from converters.errors import CheckpointError, refuse
 from converters.files import local_path, new_folder
 from converters.formats import (
     FORMATS,
-    WRITE,
-    detect_format,
+    FormatName,
+    find_format,
     other_files,
-    read_checkpoint,
 )
 from converters.hub import local_folder
-from converters.mapped import DTYPES, non_finite
+from converters.mapped import DTYPES, View, non_finite
 
-SAFETENSORS = ("safetensors", "torch")
+Progress = Callable[[int, int], Any]
 
 
 def convert(
-    source,
-    target,
+    source: str | os.PathLike,
+    target: str | os.PathLike,
     *,
-    to,
-    dtype=None,
-    max_shard_size=None,
-    duplicate_head=False,
-    optimizer=True,
-    overwrite=False,
-    progress=None,
-):
+    to: FormatName,
+    dtype: Float | None = None,
+    max_shard_size: int | None = None,
+    duplicate_head: bool = False,
+    optimizer: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Converts a model folder; no bit of a tensor changes unless asked for.
 
     The target appears when it is complete, and not at all on failure. What
@@ -84,10 +88,10 @@ def convert(
         raise CheckpointError(
             f"{target}: the target holds the source. Choose another name."
         )
-    layout = detect_format(folder)
+    layout = find_format(folder)
     left_behind = other_files(folder, layout)
     report = write_checkpoint(
-        read_checkpoint(folder, optimizer),
+        layout.read(folder, optimizer),
         target,
         **options,
         overwrite=overwrite,
@@ -95,23 +99,23 @@ def convert(
     )
     return {
         "source": str(source),
-        "from": layout,
+        "from": layout.name,
         **report,
         "left_behind": left_behind,
     }
 
 
 def write_checkpoint(
-    checkpoint,
-    target,
+    checkpoint: Checkpoint,
+    target: str | os.PathLike,
     *,
-    to,
-    dtype=None,
-    max_shard_size=None,
-    duplicate_head=False,
-    overwrite=False,
-    progress=None,
-):
+    to: FormatName,
+    dtype: Float | None = None,
+    max_shard_size: int | None = None,
+    duplicate_head: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Writes a checkpoint, from `read_checkpoint` or of a live model.
 
     Args:
@@ -130,48 +134,103 @@ def write_checkpoint(
         _check_target(target)
     if dtype is not None:
         checkpoint = checkpoint.cast(DTYPES[dtype])
-    tensors = checkpoint.tensors | (checkpoint.optimizer or {})
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    done, infinite = 0, {}
-
-    def read(name):
-        array = tensors[name].array()
-        if name != STEP and (count := non_finite(array, tensors[name].dtype)):
-            _check_overflow(name, tensors[name], count)
-            infinite[name] = count
-        return array
-
-    def finish(name):
-        nonlocal done
-        tensors[name].release()
-        done += tensors[name].nbytes
-        if progress:
-            progress(done, total)
-
+    watch = _Watch(checkpoint, progress)
+    watched = watch.each(checkpoint)
     options = {}
     if max_shard_size is not None:
         options["max_shard_size"] = max_shard_size
     if duplicate_head:
         options["duplicate_head"] = True
     with new_folder(target, replace=overwrite) as folder:
-        WRITE[to](folder, checkpoint, read, finish, **options)
-        _check_written(folder, checkpoint.source)
+        FORMATS[to].write(folder, watched, **options)
+        _check_written(folder, FORMATS[to], checkpoint.source)
         if overwrite:
             _check_target(target)  # Nothing may have come in the meantime.
     return {
         "target": str(target),
         "to": str(to),
-        "tensors": len(tensors),
-        "bytes": total,
+        "tensors": len(watch.sizes),
+        "bytes": watch.total,
         "optimizer": checkpoint.optimizer is not None,
-        "non_finite": infinite,
+        "non_finite": watch.non_finite,
     }
 
 
-def _check_written(folder, source):
-    """What a side file brings along may leave a folder that nobody reads."""
+class _Watch:
+    """Looks at each tensor of a checkpoint when it is read.
+
+    It does not keep the checkpoint: mapped files close with the last tensor,
+    and not when Python finds a circle of objects.
+
+    Args:
+        checkpoint: `Checkpoint`.
+        progress: callable or None. See `convert`.
+
+    Attributes:
+        sizes: dict of name to bytes, of every tensor.
+        total: int. Bytes in all.
+        non_finite: dict of name to the number of values that are NaN or
+            infinite, of the tensors read so far.
+    """
+
+    def __init__(self, checkpoint, progress):
+        tensors = checkpoint.tensors | (checkpoint.optimizer or {})
+        self.sizes = {name: each.nbytes for name, each in tensors.items()}
+        self.total = sum(self.sizes.values())
+        self.non_finite = {}
+        self._done = set()
+        self._progress = progress
+
+    def each(self, checkpoint):
+        """The checkpoint with tensors that tell of their reading."""
+        weights, state = (
+            tensors
+            and {
+                name: _Watched(
+                    each.mapped, each.transforms, each.dtype, name, self
+                )
+                for name, each in tensors.items()
+            }
+            for tensors in (checkpoint.tensors, checkpoint.optimizer)
+        )
+        return replace(checkpoint, tensors=weights, optimizer=state)
+
+    def look(self, name, tensor, array):
+        """Counts values that are NaN or infinite; refuses an overflow."""
+        if name != STEP and (count := non_finite(array, tensor.dtype)):
+            _check_overflow(name, tensor, count)
+            self.non_finite[name] = count
+
+    def finish(self, name):
+        """Tells the progress. A tensor may be written twice."""
+        if name not in self._done:
+            self._done.add(name)
+            if self._progress:
+                done = sum(self.sizes[each] for each in self._done)
+                self._progress(done, self.total)
+
+
+@dataclass(frozen=True)
+class _Watched(View):
+    """A `View` that tells a `_Watch` of its reading."""
+
+    name: str = None
+    watch: _Watch = None
+
+    @contextlib.contextmanager
+    def open(self):
+        with super().open() as array:
+            self.watch.look(self.name, self, array)
+            yield array
+        self.watch.finish(self.name)
+
+
+def _check_written(folder, layout, source):
+    """Reads the new folder, which the side file may have spoilt."""
     try:
-        read_checkpoint(folder)
+        if not layout.recognizes(folder):
+            raise CheckpointError(f"Expected {layout.sign}.")
+        layout.read(folder)
     except CheckpointError as error:
         raise CheckpointError(
             f"{source}: what would be written cannot be read. If there is a "
@@ -181,7 +240,7 @@ def _check_written(folder, source):
 
 def _check_options(to, dtype, max_shard_size, duplicate_head):
     problems = []
-    if to not in FORMATS:
+    if to not in tuple(FORMATS):  # A list, say, is no key.
         problems.append(
             f"`to` must be one of {', '.join(FORMATS)}. Received: {to!r}"
         )
@@ -196,13 +255,13 @@ def _check_options(to, dtype, max_shard_size, duplicate_head):
             "`max_shard_size` must be a positive number of bytes. Received: "
             f"{max_shard_size!r}"
         )
-    if (max_shard_size is not None or duplicate_head) and (
-        to not in SAFETENSORS
-    ):
-        problems.append(
-            "`max_shard_size` and `duplicate_head` are for "
-            f"{' and '.join(SAFETENSORS)} only. Received: to={to!r}"
-        )
+    if max_shard_size is not None or duplicate_head:
+        able = [each.name for each in FORMATS.values() if each.options]
+        if to not in able:
+            problems.append(
+                "`max_shard_size` and `duplicate_head` are for "
+                f"{' and '.join(able)} only. Received: to={to!r}"
+            )
     refuse("cannot convert", problems)
 
 
@@ -223,7 +282,7 @@ def _check_target(target):
             f"{', '.join(others[:10])}{', ...' if len(others) > 10 else ''}"
         )
     if not target.is_dir() or any(target.iterdir()):
-        detect_format(target)  # raises if it is no model
+        find_format(target)  # raises if it is no model
 
 
 def _check_overflow(name, tensor, count):

@@ -1,35 +1,18 @@
 """The original's folder: Flax msgpack, JSON with names of its own."""
 
-from dataclasses import replace
-from pathlib import Path
+import contextlib
+from dataclasses import dataclass
 
 import numpy as np
 
 from converters import kept
-from converters.bwetaf_v3 import tensors
-from converters.bwetaf_v3_config import (
-    check_equal,
-    config_from_flax,
-    config_to_flax,
-)
-from converters.checkpoint import (
-    MOMENTS,
-    STEP,
-    Checkpoint,
-    check_coverage,
-    common_dtype,
-    end_token_id,
-    token_ids,
-)
-from converters.errors import CheckpointError, all_of, refuse
-from converters.files import (
-    read_bytes,
-    read_json,
-    read_stats,
-    write_files,
-)
+from converters.architectures import architecture_of_flax
+from converters.checkpoint import MOMENTS, STEP, check_coverage, token_ids
+from converters.errors import CheckpointError, refuse
+from converters.files import read_bytes, read_json
 from converters.flax_format import flatten, nest, read_flax, write_flax
-from converters.mapped import View
+from converters.format import Format
+from converters.mapped import Held, View
 from converters.transforms import view
 
 CONFIG = "understanding_good_stuff.json"
@@ -37,199 +20,190 @@ WEIGHTS = "good_stuff.pkl"
 OPTIMIZER = "make_stuff_better.pkl"
 TOKENIZER = "tokenizer/yap.json"
 TOKENIZER_CONFIG = "tokenizer/understanding_yap.json"
-STATS = "stats.json"
-FILES = (CONFIG, WEIGHTS, OPTIMIZER, TOKENIZER, TOKENIZER_CONFIG, STATS)
-
-# In the order in which the original writes them; the two without a place in
-# the canonical configuration change no number.
-SETTINGS = (
-    *("num_heads", "attention_dim", "vocab_size", "num_blocks", "ff_dim"),
-    *("dropout_rate", "possible_opt_path", "max_len", "attn_chunks"),
-    *("gqa_repeats", "emb_init_range", "param_init_rage"),
-)
-NEUTRAL = {"possible_opt_path": "", "attn_chunks": 1}
 # The state of the original's optimizer, a chain of Adam, weight decay (which
 # keeps nothing) and the schedule's step.
 ADAM = "adam"
 OPTAX_CHAIN = {"0": ADAM, "1": {}, "2": {"count": STEP}}
 
 
-def read(folder, optimizer=True):
-    """Reads and checks a folder.
+class FlaxFolder(Format):
+    """The original's format."""
 
-    Args:
-        folder: str or path.
-        optimizer: bool. Whether to read the optimizer's state, if any.
+    name = entry = "flax"
+    sign = f"{CONFIG} (Flax)"
+    runtime = "keras_bwetaf"
+    config = CONFIG
+    tokenizer = TOKENIZER
+    tokenizer_config = TOKENIZER_CONFIG
+    required = (CONFIG, TOKENIZER)
+    settings = (CONFIG, TOKENIZER, TOKENIZER_CONFIG)
+    heads = weights = (WEIGHTS,)
+    optimizer = (OPTIMIZER,)
 
-    Returns:
-        `Checkpoint`.
+    def recognizes(self, folder):
+        return (folder / CONFIG).is_file()
 
-    Raises:
-        CheckpointError: if a file is missing, damaged or does not fit the
-            others; the message lists every problem of a file.
-    """
-    folder = Path(folder)
-    documents = {CONFIG: read_json(folder / CONFIG)}
-    tokenizer, special_tokens = None, {}
-    if (folder / TOKENIZER).parent.is_dir():
-        tokenizer = read_bytes(folder / TOKENIZER)
-        settings = read_json(folder / TOKENIZER_CONFIG)
-        documents[TOKENIZER_CONFIG] = settings
-        special_tokens = {
+    def read_documents(self, folder):
+        documents = {CONFIG: read_json(folder / CONFIG)}
+        if (folder / TOKENIZER).parent.is_dir():
+            path = folder / TOKENIZER_CONFIG
+            documents[TOKENIZER_CONFIG] = read_json(path)
+        return documents
+
+    def read_tokenizer(self, folder):
+        is_there = (folder / TOKENIZER).parent.is_dir()
+        return read_bytes(folder / TOKENIZER) if is_there else None
+
+    def special_tokens(self, folder, documents, tokenizer):
+        settings = documents[TOKENIZER_CONFIG]
+        return {
             "eos_token": settings.get("eos_token"),
             "unk_token": settings.get("uk_token"),
         }
-    config = config_from_flax(
-        documents[CONFIG],
-        eos_token_id=end_token_id(
-            tokenizer,
-            folder / TOKENIZER,
-            special_tokens.get("eos_token"),
-            folder / TOKENIZER_CONFIG,
-        ),
-        source=folder / CONFIG,
-    )
-    rows = tensors(config)
-    found, (state, chain) = all_of(
-        lambda: _read_weights(folder / WEIGHTS, rows),
-        lambda: (
-            _read_optimizer(folder / OPTIMIZER, rows)
-            if optimizer
-            else (None, None)
-        ),
-    )
-    config["dtype"] = common_dtype(found)
-    if state is not None:
-        documents[OPTIMIZER] = chain
-    checkpoint = Checkpoint(
-        source=folder,
-        config=config,
-        tensors={
+
+    def canonical_config(self, folder, documents, eos_token_id=0):
+        architecture = architecture_of_flax(documents[CONFIG])
+        return architecture, architecture.config_from_flax(
+            documents[CONFIG],
+            eos_token_id=eos_token_id,
+            source=folder / CONFIG,
+        )
+
+    def read_weights(self, folder, rows):
+        path = folder / WEIGHTS
+        found = flatten(read_flax(path))
+        check_coverage(path, {row.flax: row.flax_shape for row in rows}, found)
+        return {
             row.name: View(found[row.flax], row.kind.from_flax) for row in rows
-        },
-        optimizer=state,
-        tokenizer=tokenizer,
-        special_tokens=special_tokens,
-        stats=read_stats(folder / STATS),
-    )
-    return replace(
-        checkpoint,
-        kept=kept.keep(
-            kept.read_kept(folder), "flax", documents, _documents(checkpoint)
-        ),
-    )
+        }
 
-
-def write(folder, checkpoint, read, done):
-    """Writes a checkpoint as the original would.
-
-    Args:
-        folder: path. It exists and is empty.
-        checkpoint: `Checkpoint`.
-        read: callable. Takes a canonical name, returns the numpy array.
-        done: callable. Takes a canonical name whose array was written.
-
-    Raises:
-        CheckpointError: if the original cannot express the checkpoint.
-    """
-    _check_halves(checkpoint)
-    documents = kept.apply(
-        checkpoint.kept, "flax", _documents(checkpoint), checkpoint.source
-    )
-    check_equal(
-        checkpoint.config,
-        config_from_flax(documents[CONFIG], source=checkpoint.source),
-        source=checkpoint.source,
-    )
-    chain = documents.pop(OPTIMIZER, None)
-    write_files(
-        folder,
-        documents
-        | {
-            TOKENIZER: checkpoint.tokenizer,
-            STATS: checkpoint.stats,
-            kept.FILE_NAME: kept.others(checkpoint.kept, "flax"),
-        },
-    )
-
-    def joined(leaf):
-        if isinstance(leaf, np.ndarray):
-            return leaf
-        result = np.empty(leaf[0].flax_shape, checkpoint[leaf[0].name].dtype)
-        for row in leaf:
-            with np.errstate(over="ignore", invalid="ignore"):
-                view(row.kind.from_flax, result)[...] = read(row.name)
-        return result
-
-    def written(leaf):
-        for row in leaf if isinstance(leaf, list) else ():
-            done(row.name)
-
-    write_flax(folder / WEIGHTS, _tree(checkpoint.rows), joined, written)
-    if checkpoint.optimizer is not None:
-        step = read(STEP)
-        adam = {"count": step} | {
-            moment: _tree(
-                replace(row, name=f"{name}.{row.name}")
-                for row in checkpoint.rows
+    def read_optimizer(self, folder, rows):
+        path = folder / OPTIMIZER
+        if not path.is_file():
+            return None, {}
+        adam, chain = _find_adam(path)
+        shapes = {("count",): ()} | {
+            (moment, *row.flax): row.flax_shape
+            for _, moment, _ in MOMENTS
+            for row in rows
+        }
+        check_coverage(path, shapes, adam, counts={("count",)})
+        state = {STEP: View(adam["count",])} | {
+            f"{name}.{row.name}": View(
+                adam[moment, *row.flax], row.kind.from_flax
             )
             for name, moment, _ in MOMENTS
+            for row in rows
         }
+        step = int(state[STEP].array())
+        chain = _replace_leaves(chain, {step: STEP}, lambda number: number)
+        return state, {OPTIMIZER: chain}
+
+    def documents(self, checkpoint):
+        """See `Format`; the chain of optax is a document, too."""
+        documents = {
+            CONFIG: checkpoint.architecture.flax_settings(
+                checkpoint.config, source=checkpoint.source
+            ),
+            TOKENIZER_CONFIG: {},
+        }
+        if checkpoint.tokenizer is not None:
+            ids, special = token_ids(checkpoint.tokenizer, checkpoint.source)
+            documents[TOKENIZER_CONFIG] = {
+                "name": "tokenizer",
+                "vocab_size": len(ids),
+                "special_tokens": list(special),
+                "eos_token": checkpoint.special_tokens["eos_token"],
+                "uk_token": checkpoint.special_tokens["unk_token"],
+            }
+        if checkpoint.optimizer is not None:
+            documents[OPTIMIZER] = OPTAX_CHAIN
+        return documents
+
+    def checked(self, documents, checkpoint):
+        _check_halves(checkpoint)
+        architecture, source = checkpoint.architecture, checkpoint.source
+        written = architecture.config_from_flax(
+            documents[CONFIG], source=source
+        )
+        architecture.check_equal(checkpoint.config, written, source=source)
+        return documents
+
+    def write_documents(self, folder, documents):
+        files = {
+            name: each for name, each in documents.items() if name != OPTIMIZER
+        }
+        super().write_documents(folder, files)
+
+    def write_tensors(self, folder, checkpoint, documents):
+        write_flax(folder / WEIGHTS, _tree(checkpoint))
+        if checkpoint.optimizer is None:
+            return
+        step = checkpoint[STEP]
+        adam = {"count": step} | {
+            moment: _tree(checkpoint, f"{name}.") for name, moment, _ in MOMENTS
+        }
+        chain = documents[OPTIMIZER]
         state = _optax_state(chain, adam, step, checkpoint.source)
-        write_flax(folder / OPTIMIZER, state, joined, written)
-        done(STEP)
+        write_flax(folder / OPTIMIZER, state)
 
 
-def _documents(checkpoint):
-    """The JSON files that follow from a checkpoint, and optax's chain."""
-    config = config_to_flax(checkpoint.config, source=checkpoint.source)
-    config |= NEUTRAL
-    documents = {
-        CONFIG: {name: config[name] for name in SETTINGS},
-        TOKENIZER_CONFIG: {},
-    }
-    if checkpoint.tokenizer is not None:
-        ids, special = token_ids(checkpoint.tokenizer, checkpoint.source)
-        documents[TOKENIZER_CONFIG] = {
-            "name": "tokenizer",
-            "vocab_size": len(ids),
-            "special_tokens": list(special),
-            "eos_token": checkpoint.special_tokens["eos_token"],
-            "uk_token": checkpoint.special_tokens["unk_token"],
-        }
-    if checkpoint.optimizer is not None:
-        documents[OPTIMIZER] = OPTAX_CHAIN
-    return documents
+@dataclass(frozen=True)
+class _Joined:
+    """The canonical tensors that are one tensor in Flax.
+
+    Args:
+        rows: list of `architecture.Tensor`.
+        tensors: list of `View`, one for each.
+    """
+
+    rows: list
+    tensors: list
+
+    @contextlib.contextmanager
+    def open(self):
+        """Yields the values in Flax's layout, and in the dtype to write."""
+        array = np.empty(self.rows[0].flax_shape, self.tensors[0].dtype)
+        for row, tensor in zip(self.rows, self.tensors, strict=True):
+            # Written through the view that reading goes through.
+            place = view(row.kind.from_flax, array)
+            with tensor.open() as part:
+                # What a cast makes infinite is refused elsewhere.
+                with np.errstate(over="ignore", invalid="ignore"):
+                    place[...] = part
+        yield array
 
 
-def _tree(rows):
-    """A Flax tree whose leaves are the rows that are one tensor in Flax."""
+def _tree(checkpoint, prefix=""):
+    """The Flax tree of a checkpoint's weights, or of a moment of them.
+
+    Args:
+        checkpoint: `Checkpoint`.
+        prefix: str. What a moment's names start with.
+    """
     leaves = {}
-    for row in rows:
+    for row in checkpoint.rows:
         leaves.setdefault(row.flax, []).append(row)
-    return nest(leaves)
+    return nest(
+        {
+            path: _Joined(
+                rows, [checkpoint[f"{prefix}{row.name}"] for row in rows]
+            )
+            for path, rows in leaves.items()
+        }
+    )
 
 
-def _read_weights(path, rows):
-    found = flatten(read_flax(path))
-    check_coverage(path, {row.flax: row.flax_shape for row in rows}, found)
-    return found
-
-
-def _read_optimizer(path, rows):
+def _find_adam(path):
     """Finds Adam's state in the state of a chain of optax.
 
     Args:
         path: path of the file.
-        rows: list of `bwetaf_v3.Tensor`.
 
     Returns:
-        Two dicts: the state by canonical name, and the chain as
-        `OPTAX_CHAIN` shows it, with a number for any other count. Two None
-        without such a file.
+        Two dicts: the flat tree of count, mu and nu, and the chain as
+        `OPTAX_CHAIN` shows it, with a number for every count.
     """
-    if not path.is_file():
-        return None, None
     adams, problems = [], []
 
     def without_adam(node, parents=()):
@@ -255,21 +229,7 @@ def _read_optimizer(path, rows):
             f"Received: {len(adams)}"
         )
     refuse(path, problems)
-    (adam,) = adams
-    shapes = {("count",): ()} | {
-        (moment, *row.flax): row.flax_shape
-        for _, moment, _ in MOMENTS
-        for row in rows
-    }
-    check_coverage(path, shapes, adam, counts={("count",)})
-    state = {STEP: View(adam["count",])} | {
-        f"{name}.{row.name}": View(adam[moment, *row.flax], row.kind.from_flax)
-        for name, moment, _ in MOMENTS
-        for row in rows
-    }
-    return state, _replace_leaves(
-        chain, {int(state[STEP].array()): STEP}, lambda number: number
-    )
+    return adams[0], chain
 
 
 def _optax_state(chain, adam, step, source):
@@ -277,7 +237,7 @@ def _optax_state(chain, adam, step, source):
 
     def count(value):
         if type(value) is int and abs(value) < 2**31:
-            return np.array(value, "int32")
+            return View(Held(np.array(value, "int32")))
         raise CheckpointError(
             f"{source}: the kept optimizer chain must consist of "
             f"{ADAM!r}, {STEP!r} and int32 numbers. Received: {value!r:.80}. "
@@ -316,3 +276,6 @@ def _check_halves(checkpoint):
             if len(set(dtypes.values())) > 1
         ]
     refuse(checkpoint.source, problems)
+
+
+FLAX = FlaxFolder()

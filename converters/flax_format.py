@@ -267,29 +267,27 @@ class _Reader:
         )
 
 
-def write_flax(path, tree, read, written):
+def write_flax(path, tree):
     """Writes the bytes that `flax.serialization.to_bytes` would.
 
     Args:
         path: str or path. The file; it appears when it is complete.
-        tree: nested dict of str. Its leaves stand for arrays, which are
-            written one by one.
-        read: callable. Takes a leaf, returns the numpy array.
-        written: callable. Takes a leaf, after its array was written.
+        tree: nested dict of str. Its leaves have an `open()`, as `View` has;
+            each array is written in its own dtype.
     """
     with new_file(path) as file:
-        _write_node(file, tree, read, written)
+        _write_node(file, tree)
 
 
-def _write_node(file, node, read, written):
+def _write_node(file, node):
     if not isinstance(node, dict):
-        _write_array(file, read(node))
-        written(node)
+        with node.open() as array:
+            _write_array(file, array)
         return
     file.write(msgpack.Packer().pack_map_header(len(node)))
     for key, child in node.items():
         file.write(msgpack.packb(key))
-        _write_node(file, child, read, written)
+        _write_node(file, child)
 
 
 def _write_array(file, array):

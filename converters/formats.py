@@ -1,38 +1,32 @@
-"""The formats by name, and which of them a folder is in."""
+"""The known formats, and which of them a folder is in.
+
+A new one is a module with a subclass of `Format`, an entry here, and its name
+in `FormatName`.
+"""
 
 import fnmatch
 import os
-from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
-from converters import flax_folder, hugging_face_folder, kept, keras_folder
-from converters.checkpoint import token_ids
+from converters import kept
+from converters.checkpoint import Checkpoint
 from converters.errors import CheckpointError, refuse
 from converters.files import read_json
+from converters.flax_folder import FLAX
+from converters.format import Format
+from converters.hugging_face_folder import SAFETENSORS, TORCH
+from converters.keras_folder import KERAS
 
-READ = {
-    "flax": flax_folder.read,
-    "safetensors": hugging_face_folder.read,
-    "keras": keras_folder.read,
-    "torch": hugging_face_folder.read,
+FORMATS = {each.name: each for each in (FLAX, SAFETENSORS, KERAS, TORCH)}
+FormatName = Literal["flax", "safetensors", "keras", "torch"]
+KNOWN = {
+    kept.FILE_NAME,
+    *(name for each in FORMATS.values() for name in each.files),
 }
-WRITE = {
-    "flax": flax_folder.write,
-    "safetensors": hugging_face_folder.write,
-    "keras": keras_folder.write,
-    "torch": partial(hugging_face_folder.write, code=True),
-}
-FILES = {
-    "flax": flax_folder.FILES,
-    "safetensors": hugging_face_folder.FILES,
-    "keras": keras_folder.FILES,
-    "torch": hugging_face_folder.FILES,
-}
-FORMATS = tuple(READ)
-KNOWN = {kept.FILE_NAME, *(name for names in FILES.values() for name in names)}
 
 
-def detect_format(folder):
+def detect_format(folder: str | os.PathLike) -> FormatName:
     """Tells the format of a model folder.
 
     Args:
@@ -46,6 +40,11 @@ def detect_format(folder):
         CheckpointError: if it is none of them, or a file of it is none, or a
             link to elsewhere.
     """
+    return find_format(folder).name
+
+
+def find_format(folder: str | os.PathLike) -> Format:
+    """As `detect_format`, but returns the `Format`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
@@ -53,23 +52,18 @@ def detect_format(folder):
             f"{'a file' if folder.exists() else 'nothing there'}."
         )
     _check_files(folder)
-    if (folder / flax_folder.CONFIG).is_file():
-        return "flax"
+    for each in FORMATS.values():
+        if each.recognizes(folder):
+            return each
     found = sorted(path.name for path in folder.iterdir())
     received = f"the files {', '.join(found) or '(none)'}"
     if "config.json" in found:
-        config = read_json(folder / "config.json")
-        if "registered_name" in config:
-            return "keras"
-        if config.get("model_type") == "bwetaf":
-            return "torch" if "auto_map" in config else "safetensors"
-        received += (
-            f", and config.json with model_type={config.get('model_type')!r}"
-        )
+        model_type = read_json(folder / "config.json").get("model_type")
+        received += f", and config.json with model_type={model_type!r}"
+    signs = dict.fromkeys(each.sign for each in FORMATS.values())
     raise CheckpointError(
-        f"{folder}: not a model folder. Expected {flax_folder.CONFIG} (Flax), "
-        "or config.json with model_type 'bwetaf' (safetensors, PyTorch) or "
-        f"with registered_name (Keras). Received: {received}."
+        f"{folder}: not a model folder. Expected {', or '.join(signs)}. "
+        f"Received: {received}."
     )
 
 
@@ -101,7 +95,9 @@ def _check_files(folder):
     refuse(folder, problems)
 
 
-def read_checkpoint(folder, optimizer=True):
+def read_checkpoint(
+    folder: str | os.PathLike, optimizer: bool = True
+) -> Checkpoint:
     """Reads and checks a model folder of any format; reads no tensor yet.
 
     Args:
@@ -115,20 +111,7 @@ def read_checkpoint(folder, optimizer=True):
         CheckpointError: if it is no model folder, or a file is missing,
             damaged or does not fit the others.
     """
-    checkpoint = READ[detect_format(folder)](folder, optimizer)
-    if checkpoint.tokenizer is not None:
-        ids, _ = token_ids(checkpoint.tokenizer, folder)
-        largest = max(
-            (each for each in ids.values() if type(each) is int), default=0
-        )
-        size = checkpoint.config["vocab_size"]
-        if largest >= size:
-            raise CheckpointError(
-                f"{folder}: the tokenizer has ids up to {largest}, but the "
-                f"model's vocabulary has {size}. Use the tokenizer that "
-                "belongs to the model."
-            )
-    return checkpoint
+    return find_format(folder).read(folder, optimizer)
 
 
 def other_files(folder, layout=None):
@@ -136,7 +119,7 @@ def other_files(folder, layout=None):
 
     Args:
         folder: str or path.
-        layout: str, optional. The format whose files are part of it.
+        layout: `Format`, optional. The one whose files are part of it.
             Defaults to any.
 
     Returns:
@@ -146,7 +129,7 @@ def other_files(folder, layout=None):
     folder = Path(folder)
     known = KNOWN
     if layout is not None:
-        known = {kept.FILE_NAME, *FILES[layout]}
+        known = {kept.FILE_NAME, *layout.files}
     parents = {
         parent.as_posix()
         for name in known

@@ -18,7 +18,7 @@ from converters.mapped import (
     MappedTensor,
     byte_count,
     map_file,
-    write_values,
+    write_tensor,
 )
 
 PAGE = 4096
@@ -123,7 +123,7 @@ def _tensor(item, buffer):
     return None, MappedTensor(buffer, dtype, item.shape, ((offset, size),))
 
 
-def write_hdf5(path, specs, read, written):
+def write_hdf5(path, tensors):
     """Writes a file tensor by tensor, as Keras would.
 
     The library lays the file out in memory and never touches the disk: where
@@ -131,9 +131,7 @@ def write_hdf5(path, specs, read, written):
 
     Args:
         path: str or path. The file; it appears when it is complete.
-        specs: dict of path in the file to a (numpy dtype, shape).
-        read: callable. Takes a path in the file, returns the numpy array.
-        written: callable. Takes a path in the file, after its writing.
+        tensors: dict of path in the file to `View`.
     """
     kind = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     kind.set_layout(h5py.h5d.CONTIGUOUS)
@@ -144,8 +142,9 @@ def write_hdf5(path, specs, read, written):
     link.set_create_intermediate_group(True)
     index, offsets = _Index(), {}
     with h5py.File(index, "w") as file:
-        for place, (dtype, shape) in specs.items():
-            stored = np.dtype("V2") if dtype == BFLOAT16 else dtype
+        for place, tensor in tensors.items():
+            is_bfloat16, shape = tensor.dtype == BFLOAT16, tensor.shape
+            stored = np.dtype("V2") if is_bfloat16 else tensor.dtype
             # Not file.create_dataset, which allocates scalars late.
             created = h5py.h5d.create(
                 file.id,
@@ -157,7 +156,7 @@ def write_hdf5(path, specs, read, written):
                 dcpl=kind,
                 lcpl=link,
             )
-            if dtype == BFLOAT16:
+            if is_bfloat16:
                 h5py.Dataset(created).attrs["dtype"] = "bfloat16"
             offsets[place] = created.get_offset()
     with new_file(path) as file:
@@ -166,10 +165,9 @@ def write_hdf5(path, specs, read, written):
             file.seek(number * PAGE)
             file.write(page[: index.size - number * PAGE])
         for place, offset in offsets.items():
-            if offset is not None:
+            if offset is not None:  # A tensor without values lies nowhere.
                 file.seek(offset)
-                write_values(file, read(place), specs[place][0])
-            written(place)
+            write_tensor(file, tensors[place])
 
 
 class _Index(io.RawIOBase):

@@ -1,4 +1,7 @@
-"""`hf://owner/repo` -> a local folder, with errors that say what to do."""
+"""`hf://owner/repo` -> a local folder, with errors that say what to do.
+
+All that is written `hf://` is parsed, asked for, downloaded and checked here.
+"""
 
 import contextlib
 import errno
@@ -7,18 +10,24 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
 
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from converters import flax_folder, kept
+from converters import kept
 from converters.errors import CheckpointError
 from converters.files import ADDRESS
-from converters.formats import FILES, KNOWN
-from converters.hugging_face_folder import CODE
+from converters.format import Format
+from converters.formats import FORMATS, KNOWN
 
+SCHEME = "hf://"
 NAME = r"[\w.-]+/[\w.-]+"
-REPOSITORY = re.compile(rf"hf://({NAME})(?:@(\S+))?", re.IGNORECASE)
+REPOSITORY = re.compile(rf"{SCHEME}({NAME})(?:@(\S+))?", re.IGNORECASE)
+DATA_SET = re.compile(
+    rf"{SCHEME}datasets/({NAME})(?:@([^/\s]+))?/(.+)", re.IGNORECASE
+)
 PAGE = re.compile(
     rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)({NAME})"
     r"(?:/(?:tree|blob)/([^/\s]+))?.*",
@@ -51,7 +60,7 @@ def parse_source(name, source):
     if match := REPOSITORY.fullmatch(text):
         return match.groups()
     if page := PAGE.fullmatch(text):
-        expected = "hf://" + "@".join(filter(None, page.groups()))
+        expected = SCHEME + "@".join(filter(None, page.groups()))
     elif re.fullmatch(NAME, text) and not os.path.exists(text):
         expected = f"an existing folder, or hf://{text}"
     elif ADDRESS.match(text):
@@ -66,7 +75,51 @@ def parse_source(name, source):
     raise CheckpointError(f"Expected {expected}. Received: {name}={text!r}")
 
 
-def local_folder(source):
+class DataSet(NamedTuple):
+    """Files of a repository of a data set.
+
+    Args:
+        repo: str, `"owner/name"`.
+        revision: str. Branch, tag or commit.
+        pattern: str. A path in the repository, or a glob.
+    """
+
+    repo: str
+    revision: str
+    pattern: str
+
+
+def is_address(source: str) -> bool:
+    """Whether a source is written as one of the Hub."""
+    return source[: len(SCHEME)].lower() == SCHEME
+
+
+def parse_data_set(source: str) -> DataSet:
+    """Reads the address of files of a data set.
+
+    Args:
+        source: str, `"hf://datasets/owner/name/path"`, where `@revision` may
+            follow the name. A slash of the revision is written `%2F`.
+
+    Returns:
+        `DataSet`.
+
+    Raises:
+        ValueError: if it is another address.
+    """
+    match = DATA_SET.fullmatch(source)
+    if not match:
+        raise ValueError(
+            "A data set of the Hub is written hf://datasets/owner/name/path "
+            "or hf://datasets/owner/name@revision/path, where the path may "
+            f"be a glob. Received: {source!r}"
+        )
+    repo, revision, pattern = match.groups()
+    revision = unquote(revision or constants.DEFAULT_REVISION)
+    return DataSet(repo, revision, pattern)
+
+
+def local_folder(source: str | os.PathLike) -> Path:
     """The folder of a source, downloaded into the Hub's cache if need be.
 
     Args:
@@ -89,21 +142,31 @@ def local_folder(source):
         return Path(source)
     repo, revision = repository
     revision = revision or constants.DEFAULT_REVISION
-    needed = KNOWN - set(CODE)  # Nobody reads a folder's code.
+    code = {name for each in FORMATS.values() for name in each.code}
+    needed = KNOWN - code  # Other programs may leave it out.
     commit, files = resolve(
         repo,
         revision,
         lambda _: cached_snapshot(repo, revision, needed) is not None,
     )
-    if flax_folder.CONFIG in files:
-        known = FILES["flax"]
-    elif any(name.endswith(".h5") for name in files):
-        known = FILES["keras"]
-    else:
-        known = FILES["safetensors"]
-    names = matching(files, [*known, kept.FILE_NAME])
+    names = matching(files, [*likeliest(files).files, kept.FILE_NAME])
     with clear_errors(repo, revision):
         return download(repo, revision, commit, files, names)
+
+
+def likeliest(names) -> Format:
+    """The format of which a repository holds most of the needed files.
+
+    Args:
+        names: collection of str. The files of the repository.
+
+    Returns:
+        `Format`.
+    """
+    return max(
+        FORMATS.values(),
+        key=lambda each: len({*each.needed(names)}.intersection(names)),
+    )
 
 
 def resolve(repo, revision, suffices):
@@ -125,10 +188,7 @@ def resolve(repo, revision, suffices):
         As `local_folder`.
     """
     try:
-        with clear_errors(repo, revision):
-            info = huggingface_hub.HfApi().model_info(
-                repo, revision=revision, files_metadata=True
-            )
+        info = ask(repo, revision)
     except OSError:
         snapshot = cached_snapshot(repo, revision)
         files = {
@@ -142,11 +202,31 @@ def resolve(repo, revision, suffices):
     return info.sha, {file.rfilename: file for file in info.siblings}
 
 
-def cached_snapshot(repo, revision, patterns=()):
+def ask(repo, revision, repo_type="model"):
+    """What the Hub says of a revision and its files.
+
+    Args:
+        repo: str, `"owner/name"`.
+        revision: str. Branch, tag or commit.
+        repo_type: str. `"model"` or `"dataset"`.
+
+    Returns:
+        An object with `sha`, the commit, and `siblings`, the files.
+
+    Raises:
+        As `local_folder`.
+    """
+    with clear_errors(repo, revision, repo_type):
+        return huggingface_hub.HfApi().repo_info(
+            repo, revision=revision, repo_type=repo_type, files_metadata=True
+        )
+
+
+def cached_snapshot(repo, revision, patterns=(), repo_type="model"):
     """The folder of a revision in the Hub's cache; no network.
 
     Args:
-        repo, revision: See `resolve`.
+        repo, revision, repo_type: See `ask`.
         patterns: collection of str. Files that have to be there, as far as
             it is known that the repository has them.
 
@@ -157,6 +237,7 @@ def cached_snapshot(repo, revision, patterns=()):
         return Path(
             huggingface_hub.snapshot_download(
                 repo,
+                repo_type=repo_type,
                 revision=revision,
                 allow_patterns=list(patterns),
                 local_files_only=True,
@@ -234,14 +315,15 @@ def check_digest(path, file):
 
 
 @contextlib.contextmanager
-def clear_errors(repo, revision, kind="model"):
+def clear_errors(repo, revision, repo_type="model"):
     """Says what went wrong on the way from the Hub, and what to do.
 
     Args:
-        repo: str, `"owner/name"`.
+        repo: str, `"owner/name"`; the name of a file may follow.
         revision: str.
-        kind: str. What the repository holds.
+        repo_type: str. See `ask`.
     """
+    kind = {"dataset": "data set"}.get(repo_type, repo_type)
     try:
         yield
     except (errors.HTTPError, OSError) as error:

@@ -2,18 +2,20 @@
 
 import hashlib
 import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from converters import flax_folder, keras_folder
 from converters.checkpoint import FLOATS
 from converters.errors import CheckpointError
 from converters.flax_format import flatten, read_flax
-from converters.formats import detect_format, read_checkpoint
+from converters.formats import find_format
 from converters.hdf5_format import read_hdf5
 from converters.hub import local_folder
-from converters.hugging_face_folder import code_problem
-from converters.mapped import as_bytes, blocks
+from converters.mapped import View, as_bytes, blocks
 from converters.safetensors_format import read_safetensors
 
 
@@ -28,22 +30,13 @@ READERS = {
     ".pkl": _read_flax,
     ".msgpack": _read_flax,
 }
-# Files of weights by format; the optimizer's state is no parameter.
-WEIGHTS = {
-    "flax": (flax_folder.WEIGHTS,),
-    "keras": (keras_folder.WEIGHTS, "model_*.weights.h5"),
-    "safetensors": ("model*.safetensors",),
-    "torch": ("model*.safetensors",),
-}
-OPTIMIZER = {
-    "flax": (flax_folder.OPTIMIZER,),
-    "keras": (keras_folder.OPTIMIZER,),
-    "safetensors": ("optimizer*.safetensors",),
-    "torch": ("optimizer*.safetensors",),
-}
 
 
-def inspect(path, *, progress=None):
+def inspect(
+    path: str | os.PathLike,
+    *,
+    progress: Callable[[int, int], Any] | None = None,
+) -> dict[str, Any]:
     """Lists the tensors of a model folder, or of one file, as they are there.
 
     A folder is listed even where it is not a whole model, or contradicts
@@ -73,35 +66,25 @@ def inspect(path, *, progress=None):
     converters.inspect("model.safetensors")["tensors"][0]["sha256"]
     ```
     """
-    folder = local_folder(path)
-    if folder.is_dir():
-        layout = detect_format(folder)
-        try:
-            read_checkpoint(folder)
-        except CheckpointError as error:
-            problem = str(error)
-        else:
-            problem = code_problem(folder)
-        weights = _matching(folder, WEIGHTS[layout])
-        files = weights + _matching(folder, OPTIMIZER[layout])
+    place = local_folder(path)
+    if place.is_dir():
+        layout, problem, weights, others = _look(place)
     else:
-        layout, problem = folder.suffix, None
-        files = weights = [folder]
+        layout, problem, weights, others = place.suffix, None, [place], []
         if layout not in READERS:
             raise CheckpointError(
-                f"{folder}: expected a model folder, or a file that ends in "
+                f"{place}: expected a model folder, or a file that ends in "
                 f"{', '.join(READERS)}. Received: "
-                f"{'another file' if folder.exists() else 'nothing there'}."
+                f"{'another file' if place.exists() else 'nothing there'}."
             )
     found = [
-        (file, name, tensor)
-        for file in files
+        (file, name, View(tensor))
+        for file in weights + others
         for name, tensor in READERS[file.suffix](file).items()
     ]
     total, done, rows = sum(tensor.nbytes for *_, tensor in found), 0, []
     for file, name, tensor in found:
         rows.append({"file": file.name, "name": name} | _facts(tensor))
-        tensor.release()
         done += tensor.nbytes
         if progress:
             progress(done, total)
@@ -119,17 +102,36 @@ def inspect(path, *, progress=None):
     }
 
 
+def _look(folder: Path):
+    """A folder's format, what is wrong with it, and its files of tensors.
+
+    Returns:
+        str; str or None; two lists of paths: the weights, and the optimizer's
+        state, which is no parameter.
+    """
+    layout = find_format(folder)
+    try:
+        layout.read(folder)
+    except CheckpointError as error:
+        problem = str(error)
+    else:
+        problem = layout.code_problem(folder)
+    weights = _matching(folder, layout.weights)
+    return layout.name, problem, weights, _matching(folder, layout.optimizer)
+
+
 def _matching(folder, patterns):
     return sorted(path for each in patterns for path in folder.glob(each))
 
 
 def _facts(tensor):
     digest, nan, inf = hashlib.sha256(), 0, 0
-    for block in blocks(tensor.array()):
-        digest.update(as_bytes(block))
-        if tensor.dtype.name in FLOATS:
-            nan += np.count_nonzero(np.isnan(block))
-            inf += np.count_nonzero(np.isinf(block))
+    with tensor.open() as array:
+        for block in blocks(array):
+            digest.update(as_bytes(block))
+            if tensor.dtype.name in FLOATS:
+                nan += np.count_nonzero(np.isnan(block))
+                inf += np.count_nonzero(np.isinf(block))
     return {
         "dtype": tensor.dtype.name,
         "shape": list(tensor.shape),

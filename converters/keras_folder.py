@@ -3,32 +3,15 @@
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from converters import kept
-from converters.bwetaf_v3 import tensors
-from converters.bwetaf_v3_config import (
-    check_equal,
-    config_from_keras,
-    config_to_keras,
-)
-from converters.checkpoint import (
-    MOMENTS,
-    STEP,
-    Checkpoint,
-    check_coverage,
-    common_dtype,
-    end_token_id,
-)
-from converters.errors import CheckpointError, all_of
-from converters.files import (
-    read_bytes_or_none,
-    read_json,
-    read_json_or_none,
-    read_stats,
-    write_files,
-)
+from converters.architecture import KerasClass
+from converters.architectures import ARCHITECTURES, KERAS_BACKBONES
+from converters.checkpoint import MOMENTS, STEP, check_coverage
+from converters.errors import CheckpointError
+from converters.files import read_json, read_json_or_none
+from converters.format import Format
 from converters.hdf5_format import read_hdf5, write_hdf5
 from converters.mapped import View
 
@@ -41,23 +24,32 @@ TOKENIZER = "assets/tokenizer/tokenizer.json"
 WEIGHTS = "model.weights.h5"
 SHARDS = "model.weights.json"
 OPTIMIZER = "optimizer.weights.h5"
-STATS = "stats.json"
-FILES = (
-    *(CONFIG, METADATA, TOKENIZER_CONFIG, PREPROCESSOR, TASK, TOKENIZER),
-    *(WEIGHTS, SHARDS, "model_?????.weights.h5", OPTIMIZER, STATS),
+SHARD = "model_?????.weights.h5"
+DOCUMENTS = (CONFIG, METADATA, TOKENIZER_CONFIG, PREPROCESSOR, TASK)
+CAUSAL_LM, PREPROCESSING, TOKENIZING = (
+    KerasClass("keras_bwetaf", *each)
+    for each in (
+        ("models.causal_lm", "BwETAFCausalLM", "bw_etaf_causal_lm"),
+        (
+            "models.causal_lm_preprocessor",
+            "BwETAFCausalLMPreprocessor",
+            "bw_etaf_causal_lm_preprocessor",
+        ),
+        ("models.tokenizer", "BwETAFTokenizer", "bw_etaf_tokenizer"),
+    )
 )
-BACKBONE = "keras_bwetaf>BwETAFBackbone"
+# Module and name of each class that a document may have Keras import.
 CLASSES = (
     (None, None),
     ("keras", "DTypePolicy"),
     ("keras", "DTypePolicyMap"),
-    ("keras_bwetaf.models.backbone", "BwETAFBackbone"),
-    ("keras_bwetaf.models.causal_lm", "BwETAFCausalLM"),
-    (
-        "keras_bwetaf.models.causal_lm_preprocessor",
-        "BwETAFCausalLMPreprocessor",
+    *(
+        (each.path, each.name)
+        for each in (
+            *(architecture.keras_backbone for architecture in ARCHITECTURES),
+            *(CAUSAL_LM, PREPROCESSING, TOKENIZING),
+        )
     ),
-    ("keras_bwetaf.models.tokenizer", "BwETAFTokenizer"),
 )
 # Keras names groups by class and attribute where its paths have the names of
 # layers, and numbers the variables of a layer.
@@ -86,119 +78,151 @@ def read_config(folder):
         CheckpointError: if it is missing, or is not of a BwETAF model.
     """
     path = Path(folder) / CONFIG
-    document = read_json(path)
+    return _backbone(read_json(path), path)[1]
+
+
+def _backbone(document, source):
+    """The `Architecture` of a document, and the backbone's arguments."""
     name, config = document.get("registered_name"), document.get("config")
-    if name != BACKBONE or not isinstance(config, dict):
+    if str(name) not in KERAS_BACKBONES or not isinstance(config, dict):
         raise CheckpointError(
-            f"{path}: expected the registered_name {BACKBONE!r} and a config. "
+            f"{source}: expected the registered_name "
+            f"{' or '.join(map(repr, KERAS_BACKBONES))} and a config. "
             f"Received: registered_name={name!r:.80}, config of type "
             f"{type(config).__name__}. Pass a BwETAF model."
         )
-    return config
+    return KERAS_BACKBONES[name], config
 
 
-def read(folder, optimizer=True):
-    """Reads and checks a folder.
+class KerasFolder(Format):
+    """KerasHub's format."""
 
-    Args:
-        folder: str or path.
-        optimizer: bool. Whether to read the optimizer's state, if any.
+    name = entry = "keras"
+    sign = f"{CONFIG} with registered_name (Keras)"
+    runtime = "keras_bwetaf"
+    config = CONFIG
+    tokenizer = TOKENIZER
+    tokenizer_config = TOKENIZER_CONFIG
+    required = (CONFIG, TOKENIZER_CONFIG, TOKENIZER)
+    settings = (*DOCUMENTS, TOKENIZER)
+    heads = (WEIGHTS, SHARDS)
+    indexes = (SHARDS,)
+    weights = (WEIGHTS, SHARD)
+    optimizer = (OPTIMIZER,)
+    indent = 4
 
-    Returns:
-        `Checkpoint`.
+    def recognizes(self, folder):
+        return "registered_name" in (read_json_or_none(folder / CONFIG) or {})
 
-    Raises:
-        CheckpointError: if a file is missing, damaged or does not fit the
-            others; the message lists every problem of a file.
-    """
-    folder = Path(folder)
-    keras_config = read_config(folder)
-    documents = read_documents(folder)
-    tokenizer, special_tokens = read_bytes_or_none(folder / TOKENIZER), {}
-    if tokenizer is not None:
-        settings = read_json(folder / TOKENIZER_CONFIG).get("config")
+    def read_documents(self, folder):
+        return {
+            name: document
+            for name in DOCUMENTS
+            if (document := read_json_or_none(folder / name)) is not None
+        }
+
+    def special_tokens(self, folder, documents, tokenizer):
+        document = documents.get(TOKENIZER_CONFIG)
+        if document is None:
+            document = read_json(folder / TOKENIZER_CONFIG)  # says: missing
+        settings = document.get("config")
         settings = settings if isinstance(settings, dict) else {}
-        special_tokens = {
+        return {
             "eos_token": settings.get("end_token"),
             "unk_token": settings.get("unk_token"),
         }
-    config = config_from_keras(
-        keras_config,
-        eos_token_id=end_token_id(
-            tokenizer,
-            folder / TOKENIZER,
-            special_tokens.get("eos_token"),
-            folder / TOKENIZER_CONFIG,
-        ),
-        source=folder / CONFIG,
-    )
-    if _is_quantized(keras_config):
-        raise CheckpointError(
-            f"{folder / CONFIG}: the weights are quantized, and have no place "
-            "in a checkpoint of floats. Convert the model before it is "
-            "quantized."
+
+    def canonical_config(self, folder, documents, eos_token_id=0):
+        source = folder / CONFIG
+        architecture, keras_config = _backbone(documents[CONFIG], source)
+        return architecture, architecture.config_from_keras(
+            keras_config, eos_token_id=eos_token_id, source=source
         )
-    rows = tensors(config)
-    found, state = all_of(
-        lambda: _read_weights(folder, rows),
-        lambda: (
-            _read_optimizer(folder / OPTIMIZER, rows) if optimizer else None
-        ),
-    )
-    config["dtype"] = common_dtype(found)
-    checkpoint = Checkpoint(
-        source=folder,
-        config=config,
-        tensors={row.name: View(found[place(row.keras)]) for row in rows},
-        optimizer=state,
-        tokenizer=tokenizer,
-        special_tokens=special_tokens,
-        stats=read_stats(folder / STATS),
-    )
-    return replace(
-        checkpoint,
-        kept=kept.keep(
-            kept.read_kept(folder), "keras", documents, _documents(checkpoint)
-        ),
-    )
 
+    def read_weights(self, folder, rows):
+        if _is_quantized(read_config(folder)):
+            raise CheckpointError(
+                f"{folder / CONFIG}: the weights are quantized, and have no "
+                "place in a checkpoint of floats. Convert the model before it "
+                "is quantized."
+            )
+        found = _read_files(folder)
+        places = {place(row.keras): row for row in rows}
+        check_coverage(
+            folder, {name: row.shape for name, row in places.items()}, found
+        )
+        return {row.name: View(found[name]) for name, row in places.items()}
 
-def read_documents(folder):
-    """Reads the JSON files of a folder.
+    def read_optimizer(self, folder, rows):
+        path = folder / OPTIMIZER
+        if not path.is_file():
+            return None, {}
+        found, names = read_hdf5(path), optimizer_names(rows)
+        shapes = {"iteration": ()} | {
+            f"{moment}/{row.keras}": row.shape
+            for _, _, moment in MOMENTS
+            for row in rows
+        }
+        check_coverage(path, shapes, found, counts={"iteration"})
+        return {name: View(found[key]) for key, name in names.items()}, {}
 
-    Args:
-        folder: path.
+    def documents(self, checkpoint):
+        config, architecture = checkpoint.config, checkpoint.architecture
+        backbone = _object(
+            architecture.keras_backbone,
+            config["dtype"],
+            architecture.config_to_keras(config),
+        )
+        documents = {
+            CONFIG: backbone,
+            METADATA: {
+                "parameter_count": sum(
+                    math.prod(row.shape) for row in checkpoint.rows
+                ),
+                "tasks": ["CausalLM"],
+            },
+            TOKENIZER_CONFIG: {},
+            PREPROCESSOR: {},
+        }
+        if checkpoint.tokenizer is not None:
+            documents |= _preprocessing(checkpoint)
+        documents[TASK] = {
+            "module": CAUSAL_LM.path,
+            "class_name": CAUSAL_LM.name,
+            "config": {
+                "backbone": backbone,
+                "preprocessor": documents[PREPROCESSOR] or None,
+                "name": CAUSAL_LM.default,
+            },
+            "registered_name": CAUSAL_LM.registered_name,
+        }
+        return documents
 
-    Returns:
-        dict of name to dict, of those that are there.
+    def checked(self, documents, checkpoint):
+        source = checkpoint.source
+        for name, document in documents.items():
+            _check_classes(document, f"{source}: {name}")
+        architecture, config = _backbone(documents[CONFIG], source)
+        written = architecture.config_from_keras(config, source=source)
+        architecture.check_equal(checkpoint.config, written, source=source)
+        return documents
 
-    Raises:
-        CheckpointError: if one of them is damaged.
-    """
-    return {
-        name: document
-        for name in (CONFIG, METADATA, TOKENIZER_CONFIG, PREPROCESSOR, TASK)
-        if (document := read_json_or_none(folder / name)) is not None
-    }
+    def write_tensors(self, folder, checkpoint, documents):
+        write_hdf5(
+            folder / WEIGHTS,
+            {place(row.keras): checkpoint[row.name] for row in checkpoint.rows},
+        )
+        if checkpoint.optimizer is not None:
+            write_optimizer(folder, checkpoint)
 
-
-def check_weights(folder):
-    """Checks the weights of a folder, which may be quantized.
-
-    Args:
-        folder: path.
-
-    Raises:
-        CheckpointError: if a file is missing or damaged, or if the weights
-            do not fit the configuration. Of quantized ones, it is not known
-            what they should be.
-    """
-    config = read_config(folder)
-    if _is_quantized(config):
-        _read_files(folder)
-    else:
-        canonical = config_from_keras(config, source=folder / CONFIG)
-        _read_weights(folder, tensors(canonical))
+    def check_weights(self, folder):
+        """See `Format`. Of quantized weights, only that files are whole."""
+        if _is_quantized(read_config(folder)):
+            _read_files(folder)
+            return
+        documents = {CONFIG: read_json(folder / CONFIG)}
+        architecture, config = self.canonical_config(folder, documents)
+        self.read_weights(folder, architecture.tensors(config))
 
 
 def _is_quantized(config):
@@ -207,58 +231,17 @@ def _is_quantized(config):
     return re.search(r'"(?!Float)\w+DTypePolicy"', policies) is not None
 
 
-def write(folder, checkpoint, read, done):
-    """Writes a folder that `from_preset` loads.
-
-    Args:
-        folder: path. It exists and is empty.
-        checkpoint: `Checkpoint`.
-        read: callable. Takes a canonical name, returns the numpy array.
-        done: callable. Takes a canonical name whose array was written.
-
-    Raises:
-        CheckpointError: if what was kept for the folder contradicts it.
-    """
-    documents = kept.apply(
-        checkpoint.kept, "keras", _documents(checkpoint), checkpoint.source
-    )
-    for name, document in documents.items():
-        _check_classes(document, f"{checkpoint.source}: {name}")
-    write_files(folder, documents, indent=4)
-    check_equal(
-        checkpoint.config,
-        config_from_keras(read_config(folder), source=checkpoint.source),
-        source=checkpoint.source,
-    )
-    write_files(
-        folder,
-        {
-            TOKENIZER: checkpoint.tokenizer,
-            STATS: checkpoint.stats,
-            kept.FILE_NAME: kept.others(checkpoint.kept, "keras"),
-        },
-    )
-    names = {place(row.keras): row.name for row in checkpoint.rows}
-    _write(folder / WEIGHTS, checkpoint, names, read, done)
-    if checkpoint.optimizer is not None:
-        write_optimizer(folder, checkpoint, read, done)
-
-
-def write_optimizer(folder, checkpoint, read=None, done=None):
+def write_optimizer(folder, checkpoint):
     """Writes the optimizer's state into a folder.
 
     Args:
         folder: path.
         checkpoint: `Checkpoint` with such a state.
-        read, done: As for `write`. Defaults to plain reading.
     """
     names = optimizer_names(checkpoint.rows)
-    _write(
+    write_hdf5(
         folder / OPTIMIZER,
-        checkpoint,
-        names,
-        read or (lambda name: checkpoint[name].array()),
-        done or (lambda name: checkpoint[name].release()),
+        {key: checkpoint[name] for key, name in names.items()},
     )
 
 
@@ -303,7 +286,7 @@ def optimizer_names(rows):
     """Where the optimizer's state is in its HDF5 file.
 
     Args:
-        rows: list of `bwetaf_v3.Tensor`.
+        rows: list of `architecture.Tensor`.
 
     Returns:
         dict of path in the file to canonical name.
@@ -313,12 +296,6 @@ def optimizer_names(rows):
         for name, _, moment in MOMENTS
         for row in rows
     }
-
-
-def _read_weights(folder, rows):
-    found = _read_files(folder)
-    check_coverage(folder, {place(row.keras): row.shape for row in rows}, found)
-    return found
 
 
 def _read_files(folder):
@@ -335,121 +312,65 @@ def _read_files(folder):
     for names in weight_map.values() if isinstance(weight_map, dict) else ():
         shards.update(map(str, names if isinstance(names, list) else [names]))
     if not shards or not all(
-        PurePosixPath(shard).match("model_?????.weights.h5")
-        and PurePosixPath(shard).name == shard
+        PurePosixPath(shard).match(SHARD) and PurePosixPath(shard).name == shard
         for shard in shards
     ):
         raise CheckpointError(
-            f"{folder / SHARDS}: weight_map must name model_?????.weights.h5 "
-            f"files of the same folder. Received: {weight_map!r:.200}"
+            f"{folder / SHARDS}: weight_map must name {SHARD} files of the "
+            f"same folder. Received: {weight_map!r:.200}"
         )
     found = {}
     for shard in sorted(shards):
-        tensors = read_hdf5(folder / shard)
-        if twice := found.keys() & tensors.keys():
+        more = read_hdf5(folder / shard)
+        if twice := found.keys() & more.keys():
             raise CheckpointError(
                 f"{folder / shard}: tensors of another shard occur again: "
                 f"{', '.join(sorted(twice))}"
             )
-        found |= tensors
+        found |= more
     return found
 
 
-def _read_optimizer(path, rows):
-    if not path.is_file():
-        return None
-    found, names = read_hdf5(path), optimizer_names(rows)
-    shapes = {"iteration": ()} | {
-        f"{moment}/{row.keras}": row.shape
-        for _, _, moment in MOMENTS
-        for row in rows
-    }
-    check_coverage(path, shapes, found, counts={"iteration"})
-    return {name: View(found[place]) for place, name in names.items()}
-
-
-def _write(path, checkpoint, names, read, done):
-    write_hdf5(
-        path,
+def _preprocessing(checkpoint):
+    """The documents of a checkpoint's tokenizer and preprocessor."""
+    tokenizer = _object(
+        TOKENIZING,
+        "int32",
         {
-            place: (checkpoint[name].dtype, checkpoint[name].shape)
-            for place, name in names.items()
+            "config_file": "tokenizer.json",
+            "end_token": checkpoint.special_tokens["eos_token"],
+            "unk_token": checkpoint.special_tokens["unk_token"],
         },
-        lambda place: read(names[place]),
-        lambda place: done(names[place]),
     )
-
-
-def _documents(checkpoint):
-    """The JSON files that follow from a checkpoint."""
-    config = checkpoint.config
-    backbone = _object(
-        "models.backbone",
-        "BwETAFBackbone",
-        config["dtype"],
-        "bw_etaf_backbone",
-        config_to_keras(config),
+    preprocessor = _object(
+        PREPROCESSING,
+        "float32",
+        {
+            "tokenizer": tokenizer,
+            "config_file": "preprocessor.json",
+            "sequence_length": checkpoint.config["max_position_embeddings"],
+            "add_start_token": False,
+            "add_end_token": True,
+        },
     )
-    documents = {
-        CONFIG: backbone,
-        METADATA: {
-            "parameter_count": sum(
-                math.prod(row.shape) for row in checkpoint.rows
-            ),
-            "tasks": ["CausalLM"],
-        },
-        TOKENIZER_CONFIG: {},
-        PREPROCESSOR: {},
-    }
-    if checkpoint.tokenizer is not None:
-        documents[TOKENIZER_CONFIG] = _object(
-            "models.tokenizer",
-            "BwETAFTokenizer",
-            "int32",
-            "bw_etaf_tokenizer",
-            {
-                "config_file": "tokenizer.json",
-                "end_token": checkpoint.special_tokens["eos_token"],
-                "unk_token": checkpoint.special_tokens["unk_token"],
-            },
-        )
-        documents[PREPROCESSOR] = _object(
-            "models.causal_lm_preprocessor",
-            "BwETAFCausalLMPreprocessor",
-            "float32",
-            "bw_etaf_causal_lm_preprocessor",
-            {
-                "tokenizer": documents[TOKENIZER_CONFIG],
-                "config_file": "preprocessor.json",
-                "sequence_length": config["max_position_embeddings"],
-                "add_start_token": False,
-                "add_end_token": True,
-            },
-        )
-    documents[TASK] = {
-        "module": "keras_bwetaf.models.causal_lm",
-        "class_name": "BwETAFCausalLM",
-        "config": {
-            "backbone": backbone,
-            "preprocessor": documents[PREPROCESSOR] or None,
-            "name": "bw_etaf_causal_lm",
-        },
-        "registered_name": "keras_bwetaf>BwETAFCausalLM",
-    }
-    return documents
+    return {TOKENIZER_CONFIG: tokenizer, PREPROCESSOR: preprocessor}
 
 
-def _object(module, class_name, dtype, name, config):
-    """An object of this library, as Keras serializes it."""
+def _object(kind, dtype, config):
+    """An object of a `KerasClass`, as Keras serializes it."""
     policy = {
         "module": "keras",
         "class_name": "DTypePolicy",
         "config": {"name": dtype},
         "registered_name": None,
     }
+    start = {"name": kind.default, "trainable": True, "dtype": policy}
     return {
-        "module": f"keras_bwetaf.{module}",
-        "class_name": class_name,
-        "config": {"name": name, "trainable": True, "dtype": policy, **config},
-        "registered_name": f"keras_bwetaf>{class_name}",
+        "module": kind.path,
+        "class_name": kind.name,
+        "config": start | config,
+        "registered_name": kind.registered_name,
     }
+
+
+KERAS = KerasFolder()

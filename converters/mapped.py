@@ -1,5 +1,6 @@
 """Tensors that lie in a memory-mapped file."""
 
+import contextlib
 import math
 import mmap
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ class MappedTensor:
 class View:
     """A tensor in another layout and, when written, of another dtype.
 
+    What writes a tensor needs its `dtype`, its `shape` and `open()` only.
+
     Args:
         mapped: `MappedTensor`, or what has a shape, a dtype, an `array()`
             and a `release()`, too.
@@ -123,9 +126,38 @@ class View:
         """Returns the values in their own dtype; may be a view of the file."""
         return view(self.transforms, self.mapped.array())
 
+    @contextlib.contextmanager
+    def open(self):
+        """Yields what `array` returns; gives the memory back at the end."""
+        try:
+            yield self.array()
+        finally:
+            self.mapped.release()
+
+
+@dataclass(frozen=True)
+class Held:
+    """An array in memory in the place of a `MappedTensor`.
+
+    Args:
+        values: numpy array.
+    """
+
+    values: np.ndarray
+
+    @property
+    def dtype(self):
+        return self.values.dtype
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    def array(self):
+        return self.values
+
     def release(self):
-        """See `MappedTensor.release`."""
-        self.mapped.release()
+        pass
 
 
 def map_file(path):
@@ -223,6 +255,17 @@ def different(left, right):
 def as_bytes(block):
     """A contiguous array of one axis as uint8."""
     return block.view(np.uint8)
+
+
+def write_tensor(file, tensor):
+    """Writes a tensor's values in row-major order, in its dtype.
+
+    Args:
+        file: binary file.
+        tensor: `View`.
+    """
+    with tensor.open() as array:
+        write_values(file, array, tensor.dtype)
 
 
 def write_values(file, array, dtype):

@@ -1,15 +1,47 @@
-"""The frameworks that can run a model folder, imported only to do so."""
+"""The frameworks that can run a model folder, imported only to do so.
+
+A package brings one by an entry point of the group `converters.runtimes`,
+under the name that a `Format` has for its runtime. It names what `load` of
+`Runtime` is.
+"""
 
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Protocol
 
 import numpy as np
 
-from converters.bwetaf_v3_config import CANONICAL_NAMES
 from converters.formats import read_checkpoint
+
+GROUP = "converters.runtimes"
+
+
+class Model(Protocol):
+    """A folder's model in a framework, in float32."""
+
+    def logits(self, token_ids):
+        """Logits in one pass.
+
+        Args:
+            token_ids: int array `(batch, length)`.
+
+        Returns:
+            float64 array `(batch, length, vocabulary)`.
+        """
+
+    def generate(self, prompts, choose, num_tokens):
+        """Continues a batch of prompts, as users do: with a cache.
+
+        Args:
+            prompts: list of int arrays `(length,)`; lengths may differ.
+            choose: callable. Takes the logits of a step, a float64 array
+                `(batch, vocabulary)`, and returns the next tokens, an int
+                array `(batch,)`.
+            num_tokens: int. How many times to call it.
+        """
 
 
 @dataclass(frozen=True)
@@ -19,18 +51,40 @@ class Runtime:
     Args:
         name: str. For people.
         packages: tuple of str. What has to be installed.
-        load: callable. Takes a folder, returns a `KerasModel` or something
-            that has the same methods.
+        load: callable. Takes a folder, returns a `Model`. None for a
+            runtime that no package brings.
     """
 
     name: str
     packages: tuple
-    load: Callable
+    load: Callable | None
+
+
+def runtime(name: str) -> Runtime:
+    """The runtime of a name; `is_installed` tells whether it is there.
+
+    Args:
+        name: str.
+
+    Returns:
+        `Runtime`.
+    """
+    if name == TORCH.name:
+        return TORCH
+    found = entry_points(group=GROUP, name=name)
+    if not found:
+        return Runtime(name, (), None)
+    entry = next(iter(found))
+    package = entry.module.partition(".")[0]
+    # Its module is imported when a folder is loaded, not before.
+    return Runtime(name, (package,), lambda folder: entry.load()(folder))
 
 
 def is_installed(runtime):
-    """Whether the packages of a runtime can be imported."""
-    return all(map(importlib.util.find_spec, runtime.packages))
+    """Whether a runtime is there, and all that it needs."""
+    return runtime.load is not None and all(
+        map(importlib.util.find_spec, runtime.packages)
+    )
 
 
 def prepare(runtimes):
@@ -52,108 +106,48 @@ def prepare(runtimes):
             del sys.modules["triton"]
 
 
-class KerasModel:
-    """A folder's model in Keras, in float32.
+class TorchModel:
+    """A `Model` in PyTorch.
+
+    It runs this package's own code, and nothing of the folder but checked
+    values to configure it.
 
     Args:
         folder: path.
     """
 
     def __init__(self, folder):
-        import keras_bwetaf
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # A tokenizer is not needed.
-            lm = keras_bwetaf.from_preset(folder, dtype="float32")
-        self._lm = keras_bwetaf.BwETAFCausalLM(lm.backbone)
-
-    def logits(self, token_ids):
-        """Logits in one pass.
-
-        Args:
-            token_ids: int array `(batch, length)`.
-
-        Returns:
-            float64 array `(batch, length, vocabulary)`.
-        """
-        token_ids = token_ids.astype("int32")
-        inputs = {"token_ids": token_ids, "padding_mask": token_ids * 0 + 1}
-        return self._lm(inputs).__array__().astype("float64")
-
-    def generate(self, prompts, choose, num_tokens):
-        """Continues a batch of prompts, as users do: with a cache.
-
-        Args:
-            prompts: list of int arrays `(length,)`; lengths may differ.
-            choose: callable. Takes the logits of a step, a float64 array
-                `(batch, vocabulary)`, and returns the next tokens, an int
-                array `(batch,)`.
-            num_tokens: int. How many times to call it.
-        """
-        import jax
-        import keras_hub
-        from jax.experimental import io_callback
-
-        class Sampler(keras_hub.samplers.Sampler):
-            def compute_probabilities(self, logits):
-                return logits
-
-            def get_next_token(self, logits):
-                tokens = jax.ShapeDtypeStruct(logits.shape[:1], "int32")
-                return io_callback(
-                    lambda x: choose(np.asarray(x, "float64")).astype("int32"),
-                    tokens,
-                    logits,
-                )
-
-        self._lm.compile(sampler=Sampler())
-        lengths = np.array([len(prompt) for prompt in prompts])
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        token_ids = np.zeros(mask.shape, "int32")
-        token_ids[mask] = np.concatenate(prompts)
-        self._lm.generate(
-            {"token_ids": token_ids, "padding_mask": mask.astype("int32")},
-            max_new_tokens=num_tokens,
-            stop_token_ids=None,
-        )
-
-
-class TorchModel:
-    """A folder's model in PyTorch: see `KerasModel`.
-
-    It runs this package's own code, and nothing of the folder but checked
-    values to configure it.
-    """
-
-    def __init__(self, folder):
-        import torch
-
-        from converters.transformers_model import (
-            configuration_bwetaf,
-            modeling_bwetaf,
-        )
+        import torch  # slow, and optional
 
         checkpoint = read_checkpoint(folder, optimizer=False)
-        config = configuration_bwetaf.BwETAFConfig(
-            **{name: checkpoint.config[name] for name in CANONICAL_NAMES},
+        architecture = checkpoint.architecture
+        config_class, model_class = (
+            _own_class(architecture.auto_map[name])
+            for name in ("AutoConfig", "AutoModelForCausalLM")
+        )
+        config = config_class(
+            **{
+                name: checkpoint.config[name]
+                for name in architecture.config_names
+            },
             attn_implementation="eager",
             eos_token_id=None,  # Nothing ends a continuation early.
         )
-        self._model = modeling_bwetaf.BwETAFForCausalLM(config).eval()
+        self._model = model_class(config).eval()
         with torch.inference_mode():
             for name, parameter in self._model.named_parameters():
-                array = checkpoint[name].array().astype("float32")
-                parameter.copy_(torch.from_numpy(array))
+                with checkpoint.tensor(name) as array:
+                    parameter.copy_(torch.from_numpy(array.astype("float32")))
 
     def logits(self, token_ids):
-        import torch
+        import torch  # slow, and optional
 
         with torch.inference_mode():
             outputs = self._model(torch.from_numpy(token_ids))
         return outputs.logits.double().numpy()
 
     def generate(self, prompts, choose, num_tokens):
-        import torch
+        import torch  # slow, and optional
 
         def process(_, logits):
             tokens = torch.from_numpy(choose(logits.double().numpy()))
@@ -175,11 +169,12 @@ class TorchModel:
         )
 
 
-KERAS = Runtime("keras_bwetaf", ("keras_bwetaf",), KerasModel)
+def _own_class(reference):
+    """A class of `converters.transformers_model`, named as in `auto_map`."""
+    module, _, name = reference.partition(".")
+    # It imports PyTorch, which is slow, and optional.
+    module = importlib.import_module(f"converters.transformers_model.{module}")
+    return getattr(module, name)
+
+
 TORCH = Runtime("transformers", ("torch", "transformers"), TorchModel)
-RUNTIMES = {
-    "flax": KERAS,
-    "safetensors": KERAS,
-    "keras": KERAS,
-    "torch": TORCH,
-}

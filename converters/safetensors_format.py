@@ -11,7 +11,7 @@ from converters.mapped import (
     MappedTensor,
     byte_count,
     map_file,
-    write_values,
+    write_tensor,
 )
 
 MAX_HEADER_BYTES = 10_000_000
@@ -192,59 +192,58 @@ def read_safetensors_folder(folder, stem="model"):
 
 
 def write_safetensors_folder(
-    folder, specs, read, written, *, stem="model", max_shard_size=None
+    folder, tensors, *, stem="model", max_shard_size=None
 ):
     """Writes one file, or shards and an index file.
 
     Args:
         folder: path. It exists.
-        specs: dict of tensor name to (numpy dtype, shape).
-        read: callable. Takes a name, returns the numpy array.
-        written: callable. Takes a name, after its writing.
+        tensors: dict of name to `View`.
         stem: str. What the files' names start with.
         max_shard_size: int, or None for one file. Bytes of tensors in a
             file; a larger tensor has one of its own.
     """
+    sizes = {
+        name: byte_count(each.shape, each.dtype)
+        for name, each in tensors.items()
+    }
     shards, used = [{}], 0
-    for name, (dtype, shape) in specs.items():
-        size = byte_count(shape, dtype)
+    for name, size in sizes.items():
         if max_shard_size and shards[-1] and used + size > max_shard_size:
             shards.append({})
             used = 0
-        shards[-1][name] = dtype, shape
+        shards[-1][name] = tensors[name]
         used += size
     if len(shards) == 1:
         path = folder / f"{stem}.safetensors"
-        write_safetensors(path, specs, read, written)
+        write_safetensors(path, tensors)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / name, shard, read, written)
+        write_safetensors(folder / name, shard)
         weight_map |= dict.fromkeys(shard, name)
-    total = sum(byte_count(shape, dtype) for dtype, shape in specs.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    total = {"total_size": sum(sizes.values())}
+    index = {"metadata": total, "weight_map": weight_map}
     write_files(folder, {f"{stem}.safetensors.index.json": index})
 
 
-def write_safetensors(path, specs, read, written):
+def write_safetensors(path, tensors):
     """Writes a file tensor by tensor; it appears when it is complete.
 
     Args:
         path: str or path.
-        specs: dict of tensor name to (numpy dtype, shape).
-        read: callable. Takes a name, returns the numpy array.
-        written: callable. Takes a name, after its writing.
+        tensors: dict of name to `View`.
     """
     # Widest dtype first, so that every tensor is aligned to its own size.
-    names = sorted(specs, key=lambda name: -specs[name][0].itemsize)
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header, position = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
-        dtype, shape = specs[name]
-        end = position + byte_count(shape, dtype)
+        tensor = tensors[name]
+        end = position + byte_count(tensor.shape, tensor.dtype)
         header[name] = {
-            "dtype": CODES[dtype.name],
-            "shape": list(shape),
+            "dtype": CODES[tensor.dtype.name],
+            "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }
         position = end
@@ -253,5 +252,4 @@ def write_safetensors(path, specs, read, written):
     with new_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            write_values(file, read(name), specs[name][0])
-            written(name)
+            write_tensor(file, tensors[name])

@@ -1,16 +1,16 @@
 """`verify`: whether two model folders hold the same model."""
 
-from typing import NamedTuple
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters.bwetaf_v3_config import CANONICAL_NAMES
 from converters.checkpoint import same_tokenizer
-from converters.formats import detect_format, read_checkpoint
+from converters.formats import find_format
 from converters.hub import local_folder
-from converters.hugging_face_folder import code_problem
 from converters.mapped import blocks, different
-from converters.runtimes import RUNTIMES, is_installed, prepare
+from converters.runtimes import is_installed, prepare, runtime
 
 # What the same weights may differ by in two frameworks, in float32.
 LOGITS_TOLERANCE = 1e-5
@@ -21,7 +21,14 @@ CACHED_TOLERANCE = 1e-3
 PROMPT_LENGTH = 64
 
 
-def verify(left, right, *, optimizer=True, logits=True, progress=None):
+def verify(
+    left: str | os.PathLike,
+    right: str | os.PathLike,
+    *,
+    optimizer: bool = True,
+    logits: bool = True,
+    progress: Callable[[int, int], Any] | None = None,
+) -> dict[str, Any]:
     """Compares two model folders, whatever their formats.
 
     Tensors are compared one by one, in the canonical layout, bit for bit.
@@ -64,28 +71,30 @@ def verify(left, right, *, optimizer=True, logits=True, progress=None):
     ```
     """
     folders = [local_folder(left), local_folder(right)]
-    sides = [read_checkpoint(folder, optimizer) for folder in folders]
-    one, two = sides
+    layouts = [find_format(folder) for folder in folders]
+    one, two = sides = [
+        layout.read(folder, optimizer)
+        for layout, folder in zip(layouts, folders, strict=True)
+    ]
     config = {
         name: [one.config[name], two.config[name]]
-        for name in [*CANONICAL_NAMES, "eos_token_id"]
+        for name in [*one.architecture.config_names, "eos_token_id"]
         if one.config[name] != two.config[name]
     }
-    files = []
-    if not same_tokenizer(one.tokenizer, two.tokenizer):
-        files.append("tokenizer")
-    if one.special_tokens != two.special_tokens:
-        files.append("special_tokens")
-    if None not in (one.stats, two.stats) and one.stats != two.stats:
-        files.append("stats")  # Not the model's: one of them may lack it.
+    files = _differing_files(one, two)
     compared, differences = _compare(*map(_all_tensors, sides), progress)
     if not logits:
         outcome = {"skipped": "not asked for"}
     elif config:
         outcome = {"skipped": "the configurations differ"}
     else:
-        outcome = _compare_logits(folders, one.config)
-    code = [problem for each in folders if (problem := code_problem(each))]
+        runtimes = [runtime(layout.runtime) for layout in layouts]
+        outcome = _compare_logits(runtimes, folders, one.config)
+    code = [
+        problem
+        for layout, folder in zip(layouts, folders, strict=True)
+        if (problem := layout.code_problem(folder))
+    ]
     return {
         "left": str(left),
         "right": str(right),
@@ -98,6 +107,18 @@ def verify(left, right, *, optimizer=True, logits=True, progress=None):
         "tensors": differences,
         "logits": outcome,
     }
+
+
+def _differing_files(one, two):
+    """The names of small files that two checkpoints differ in."""
+    files = []
+    if not same_tokenizer(one.tokenizer, two.tokenizer):
+        files.append("tokenizer")
+    if one.special_tokens != two.special_tokens:
+        files.append("special_tokens")
+    if None not in (one.stats, two.stats) and one.stats != two.stats:
+        files.append("stats")  # Not the model's: one of them may lack it.
+    return files
 
 
 def _all_tensors(checkpoint):
@@ -119,8 +140,6 @@ def _compare(left, right, progress):
     for name in common:
         if difference := _difference(left[name], right[name]):
             differences.append({"name": name, "difference": difference})
-        left[name].release()
-        right[name].release()
         done += left[name].nbytes
         if progress:
             progress(done, total)
@@ -133,21 +152,26 @@ def _difference(left, right):
         one, two = getattr(left, what), getattr(right, what)
         if one != two:
             return f"{what} {one} and {two}"
-    one, two = left.array(), right.array()
-    count = different(one, two)
-    if count == 0:
-        return None
+    with left.open() as one, right.open() as two:
+        count = different(one, two)
+        if count == 0:
+            return None
+        gap = _largest_gap(one, two)
+        return f"{count} of {one.size} values, by up to {gap:.3g}"
+
+
+def _largest_gap(one, two):
+    """The largest difference of two arrays; NaN if there is one in them."""
     gap = 0.0
     for a, b in zip(blocks(one), blocks(two), strict=True):
         with np.errstate(all="ignore"):
             apart = np.abs(a.astype("float64") - b.astype("float64"))
             gap = np.maximum(gap, apart.max())
-    return f"{count} of {one.size} values, by up to {gap:.3g}"
+    return gap
 
 
-def _compare_logits(folders, config):
+def _compare_logits(runtimes, folders, config):
     """Runs both models; a failure is an outcome, too."""
-    runtimes = [RUNTIMES[detect_format(folder)] for folder in folders]
     missing = {each.name for each in runtimes if not is_installed(each)}
     if missing:
         return {"skipped": f"not installed: {', '.join(sorted(missing))}"}

@@ -185,7 +185,7 @@ def info(
     from rich.table import Table
 
     import converters
-    from converters.bwetaf_v3 import tensors
+    from converters.architectures import tensors
     from keras_bwetaf import preset_files
 
     folder = preset_files.cached_folder(preset, revision)

@@ -13,84 +13,20 @@ from filelock import FileLock
 from huggingface_hub import constants
 
 import converters
-from converters import flax_folder, hugging_face_folder, keras_folder
 from converters.files import new_file
+from converters.formats import FORMATS, find_format
 from converters.hub import (
     cached_snapshot,
     clear_errors,
     download,
+    likeliest,
     matching,
     resolve,
 )
 from keras_bwetaf.panics import clear_panics
 
-# The file of `tokenizers`, by format.
-TOKENIZERS = {
-    "safetensors": hugging_face_folder.TOKENIZER,
-    "torch": hugging_face_folder.TOKENIZER,
-    "flax": flax_folder.TOKENIZER,
-    "keras": keras_folder.TOKENIZER,
-}
-# Which files of a repository are needed, and which are welcome, by format.
-# The optimizer's state, larger than the weights, is among neither.
-FILES = {
-    "safetensors": (
-        [
-            hugging_face_folder.CONFIG,
-            "model.safetensors",
-            hugging_face_folder.TOKENIZER,
-        ],
-        [
-            hugging_face_folder.TOKENIZER_CONFIG,
-            hugging_face_folder.GENERATION_CONFIG,
-        ],
-    ),
-    "sharded safetensors": (
-        [
-            hugging_face_folder.CONFIG,
-            "model.safetensors.index.json",
-            hugging_face_folder.TOKENIZER,
-        ],
-        [
-            hugging_face_folder.TOKENIZER_CONFIG,
-            hugging_face_folder.GENERATION_CONFIG,
-            "model-?????-of-?????.safetensors",
-        ],
-    ),
-    "flax": (
-        [flax_folder.CONFIG, flax_folder.WEIGHTS, flax_folder.TOKENIZER],
-        [flax_folder.TOKENIZER_CONFIG],
-    ),
-    "keras": (
-        [
-            keras_folder.CONFIG,
-            keras_folder.WEIGHTS,
-            keras_folder.TOKENIZER_CONFIG,
-            keras_folder.TOKENIZER,
-        ],
-        [
-            keras_folder.TASK,
-            "task.weights.h5",
-            keras_folder.PREPROCESSOR,
-            keras_folder.METADATA,
-        ],
-    ),
-    "sharded keras": (
-        [
-            keras_folder.CONFIG,
-            keras_folder.SHARDS,
-            keras_folder.TOKENIZER_CONFIG,
-            keras_folder.TOKENIZER,
-        ],
-        [
-            keras_folder.TASK,
-            keras_folder.PREPROCESSOR,
-            keras_folder.METADATA,
-            "model_?????.weights.h5",
-        ],
-    ),
-}
-WEIGHTS = (".pkl", ".safetensors", ".h5")
+# Loading from it is slow: a repository of it is kept as safetensors.
+CONVERTED = "flax"
 # What a cache answers that is read-only or full.
 UNWRITABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
@@ -136,10 +72,15 @@ def cached(repo, revision):
 
 def _is_ready(snapshot):
     """Whether a folder of the Hub's cache loads as it is."""
+    names = {
+        path.relative_to(snapshot).as_posix()
+        for path in snapshot.rglob("*")
+        if path.is_file()
+    }
     return any(
-        all((snapshot / name).is_file() for name in needed)
-        for layout, (needed, _) in FILES.items()
-        if layout != "flax"  # needs a conversion
+        names.issuperset(layout.needed(names))
+        for layout in FORMATS.values()
+        if layout.name != CONVERTED
     )
 
 
@@ -162,10 +103,9 @@ def fetch(repo, revision, weights, check):
     pin = _pin(repo, revision)
     known = pin.read_text() if pin.is_file() else revision
     commit, files = resolve(
-        repo, known, lambda names: not _choose(names, weights)[1]
+        repo, known, lambda names: not _missing(names, weights)
     )
-    names, missing = _choose(files, weights)
-    if missing:
+    if missing := _missing(files, weights):
         raise FileNotFoundError(
             f"The repository {repo} does not hold a whole model. Missing: "
             f"{', '.join(missing)}. Its owner has to add them, or pass a "
@@ -173,7 +113,7 @@ def fetch(repo, revision, weights, check):
         )
 
     def fetched():
-        return _download(repo, known, commit, files, names, check)
+        return _download(repo, known, commit, files, weights, check)
 
     with clear_errors(repo, known):
         if not weights:
@@ -194,32 +134,26 @@ def fetch(repo, revision, weights, check):
         return fetched()
 
 
-def _choose(files, weights):
-    """The names to download, in the likeliest format, and those missing."""
-    needed, welcome = max(
-        FILES.values(), key=lambda names: len(files.keys() & set(names[0]))
-    )
-    names = [
-        name
-        for name in needed + welcome
-        if weights or not name.endswith(WEIGHTS)
-    ]
-    return matching(files, names), [
-        name for name in names if name in needed and name not in files
-    ]
+def _missing(names, weights):
+    """What a repository lacks of a whole model in the likeliest format."""
+    needed = likeliest(names).needed(names, weights)
+    return [name for name in needed if name not in names]
 
 
-def _download(repo, revision, commit, files, names, check):
+def _download(repo, revision, commit, files, with_weights, check):
     """Downloads and checks files.
 
-    What turns out to be no model is removed, unless the user had it before.
+    The optimizer's state, larger than the weights, is not among them. What
+    turns out to be no model is removed, unless the user had it before.
     """
     cached_before = (_hub_folder(repo) / "snapshots" / commit).exists()
-    weights = [name for name in names if name.endswith(WEIGHTS)]
-    small = [name for name in names if name not in weights]
+    layout = likeliest(files)
+    weights = matching(files, layout.weights) if with_weights else []
+    small = set(matching(files, [*layout.settings, *layout.heads]))
+    small -= set(matching(files, layout.weights))
     try:
         # Weights come last: first it must be a model of this architecture.
-        for batch in filter(None, (small, weights)):
+        for batch in filter(None, (sorted(small), weights)):
             folder = download(repo, revision, commit, files, batch)
             check(folder)
             _check_content(folder, batch)
@@ -238,15 +172,12 @@ def check_weights(folder):
     Raises:
         ValueError: if a file is damaged or missing, or they do not fit.
     """
-    if converters.detect_format(folder) == "keras":
-        keras_folder.check_weights(folder)  # They may be quantized.
-    else:
-        converters.read_checkpoint(folder, optimizer=False)
+    find_format(folder).check_weights(folder)
 
 
 def _keep(repo, commit, folder):
     """Converts a folder of the original's format, in which loading is slow."""
-    if converters.detect_format(folder) != "flax":
+    if converters.detect_format(folder) != CONVERTED:
         return folder
     target = _assets(repo) / commit
     for leftover in target.parent.glob(".*.tmp"):
@@ -257,7 +188,7 @@ def _keep(repo, commit, folder):
 
 def _check_content(folder, names):
     """Opens the files that are loaded as they are."""
-    tokenizer = TOKENIZERS[converters.detect_format(folder)]
+    tokenizer = find_format(folder).tokenizer
     for name in names:
         try:
             if name == tokenizer:

@@ -8,8 +8,9 @@ from typing import Any
 from huggingface_hub import constants
 
 import converters
-from converters import flax_folder, hugging_face_folder, keras_folder
-from converters.files import read_json
+from converters import keras_folder
+from converters.format import Format
+from converters.formats import find_format
 from converters.hub import parse_source
 from keras_bwetaf import hub
 
@@ -58,20 +59,20 @@ class PresetFiles:
     Args:
         folder: Path; or None if weights are not wanted and the repository of
             a preset with a name cannot be reached.
-        layout: str, one of the formats of `converters`; or None.
+        layout: `converters.format.Format`, or None.
         config: dict. The backbone's configuration.
         no_tokenizer: str. Why there is no tokenizer; empty if there is one.
     """
 
     folder: Path | None
-    layout: str | None
+    layout: Format | None
     config: dict
     no_tokenizer: str = ""
 
     @property
     def tokenizer(self):
         """Path of the tokenizer's file."""
-        return self.folder / hub.TOKENIZERS[self.layout]
+        return self.folder / self.layout.tokenizer
 
 
 def list_presets() -> dict[str, dict[str, Any]]:
@@ -114,16 +115,16 @@ def open_preset(preset, revision=None, weights=True):
         if weights or not known:
             raise
         return PresetFiles(None, None, known["config"], str(error))
-    layout = converters.detect_format(folder)
+    layout = find_format(folder)
     config = backbone_config(folder)
     if weights:
-        hub.check_weights(folder)  # A wrong size may ask for any memory.
-    elif layout != "keras" and known:
+        layout.check_weights(folder)  # A wrong size may ask for any memory.
+    elif layout.name != "keras" and known:
         config = known.get("config", config)
     files = PresetFiles(folder, layout, config)
     if files.tokenizer.is_file():
         return files
-    reason = f"There is no {hub.TOKENIZERS[layout]}."
+    reason = f"There is no {layout.tokenizer}."
     return dataclasses.replace(files, no_tokenizer=reason)
 
 
@@ -194,18 +195,11 @@ def backbone_config(folder):
         ValueError: If it is no folder of a model, or the configuration is
             damaged.
     """
-    layout = converters.detect_format(folder)
-    if layout == "keras":
-        config = keras_folder.read_config(folder)
-        converters.config_from_keras(
-            config, source=folder / keras_folder.CONFIG
-        )
-        return config
-    if layout == "flax":
-        path = folder / flax_folder.CONFIG
-        config = converters.config_from_flax(read_json(path), source=path)
-    else:
-        config = hugging_face_folder.read_config(folder)
+    layout = find_format(folder)
+    documents = layout.read_documents(folder)
+    _, config = layout.canonical_config(folder, documents)
+    if layout.name == "keras":
+        return keras_folder.read_config(folder)  # Dtypes, too.
     return converters.config_to_keras(config)
 
 

@@ -10,10 +10,10 @@ import huggingface_hub
 import keras_hub
 
 import converters
+from converters.hub import SCHEME
 from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.preset_files import backbone_config
 
-HUB = "hf://"
 CARD = "README.md"
 TEMPLATE = """\
 ---
@@ -66,9 +66,9 @@ def upload_preset(uri: str, preset: PathLike) -> None:
             f"Received: preset={str(preset)!r}"
         )
     config = backbone_config(folder)
-    if uri.startswith(HUB):
+    if uri.startswith(SCHEME):
         repo = huggingface_hub.create_repo(
-            uri.removeprefix(HUB), exist_ok=True
+            uri.removeprefix(SCHEME), exist_ok=True
         ).repo_id
         if not huggingface_hub.file_exists(repo, CARD):
             own = folder / CARD

@@ -191,7 +191,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self):
+        # A data set has the address of a model, but for one part.
         path = urlsplit(self.path).path
+        path = path.replace("/api/datasets/", "/api/models/", 1)
+        path = path.replace("/datasets/", "/", 1)
         self.hub.requests.append((self.command, path, dict(self.headers)))
         if self.hub.token is not None:
             received = self.headers.get("Authorization")

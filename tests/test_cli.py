@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import converters
+from converters.formats import FORMATS
 from keras_bwetaf import cli
-from keras_bwetaf.hub import FILES
 from keras_bwetaf.presets import from_preset
 from tests.original import manager, tokenizer
 
@@ -188,7 +188,7 @@ def test_info(run, folder, layout, tmp_path):
     assert table["max_sequence_length"] == "64"
     count = from_preset(folder).backbone.count_params()
     assert table["parameters"] == f"{count:,}"
-    weights = FILES[layout][0][1]
+    weights = FORMATS[layout].heads[0]
     size = (target / weights).stat().st_size
     assert table[weights] == f"{size / 1000:.1f} kB"
     assert str(target) in output

@@ -5,25 +5,24 @@ import contextlib
 import functools
 import hashlib
 import json
-import re
 import warnings
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from converters.files import new_file, read_json
-from converters.hub import check_digest, clear_errors
+from converters.hub import (
+    ask,
+    cached_snapshot,
+    check_digest,
+    clear_errors,
+    parse_data_set,
+)
 from keras_bwetaf.data import files
 
-PREFIX = "hf://"
-DATA_SET = "data set"
-SOURCE = re.compile(
-    r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)"
-    r"(?:@(?P<revision>[^/\s]+))?/(?P<pattern>.+)"
-)
+REPO_TYPE = "dataset"
 
 
 def read_hub(source, description, column, errors):
@@ -38,17 +37,9 @@ def read_hub(source, description, column, errors):
     Returns:
         `Documents`.
     """
-    match = SOURCE.fullmatch(source)
-    if not match:
-        raise ValueError(
-            "A data set of the Hub is written hf://datasets/owner/name/path "
-            "or hf://datasets/owner/name@revision/path, where the path may "
-            f"be a glob. Received: {source!r}"
-        )
-    repo = match["repo"]
-    revision = unquote(match["revision"] or constants.DEFAULT_REVISION)
+    repo, revision, pattern = parse_data_set(source)
     commit, blob_ids, siblings = _resolve(repo, revision)
-    names, skipped = _find(sorted(blob_ids), match["pattern"])
+    names, skipped = _find(sorted(blob_ids), pattern)
     if not names:
         raise FileNotFoundError(
             f"{source}: no file of the repository matches. It holds, for "
@@ -56,9 +47,9 @@ def read_hub(source, description, column, errors):
         )
 
     def download(name):
-        with clear_errors(f"{repo}/{name}", revision, DATA_SET):
+        with clear_errors(f"{repo}/{name}", revision, REPO_TYPE):
             path = huggingface_hub.hf_hub_download(
-                repo, name, repo_type="dataset", revision=commit
+                repo, name, repo_type=REPO_TYPE, revision=commit
             )
             check_digest(Path(path), siblings.get(name))
         return path
@@ -100,10 +91,7 @@ def _resolve(repo, revision):
         of the names to what else the Hub says of them, if it was asked.
     """
     try:
-        with clear_errors(repo, revision, DATA_SET):
-            info = huggingface_hub.HfApi().dataset_info(
-                repo, revision=revision, files_metadata=True
-            )
+        info = ask(repo, revision, REPO_TYPE)
     except ConnectionError:
         known = _listed(repo, revision) or _cached(repo, revision)
         if known is None:
@@ -141,17 +129,9 @@ def _listed(repo, revision):
 
 def _cached(repo, revision):
     """What another program put into the Hub's cache does as well."""
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            repo,
-            repo_type="dataset",
-            revision=revision,
-            allow_patterns=[],
-            local_files_only=True,
-        )
-    except LocalEntryNotFoundError:
+    snapshot = cached_snapshot(repo, revision, repo_type=REPO_TYPE)
+    if snapshot is None:
         return None
-    snapshot = Path(snapshot)
     blob_ids = {
         path.relative_to(snapshot).as_posix(): _blob_id(path)
         for path in snapshot.rglob("*")

@@ -7,6 +7,7 @@ import itertools
 import os
 from typing import Any, Literal
 
+from converters.hub import is_address
 from keras_bwetaf.data import files, formats, hub_files
 from keras_bwetaf.data.documents import Documents, missing_column
 from keras_bwetaf.optional import import_optional
@@ -88,7 +89,7 @@ def read_documents(
         return _read_named(source, split, column, errors)
     if isinstance(source, str) and source.startswith(TFDS):
         return _read_tfds(source, split, column, errors)
-    if isinstance(source, str) and source.startswith(hub_files.PREFIX):
+    if isinstance(source, str) and is_address(source):
         return hub_files.read_hub(source, {"source": source}, column, errors)
     if isinstance(source, str | os.PathLike):
         return _read_path(os.fspath(source), column, errors)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 import converters
-from converters.bwetaf_v3 import tensors
+from converters.architectures import tensors
 from converters.checkpoint import Checkpoint
 from converters.mapped import View
 from keras_bwetaf.exchange.optimizer_state import optimizer_state

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 import converters
-from converters import bwetaf_v3
+from converters.architectures import tensors
 from converters.checkpoint import MOMENTS, STEP
 from converters.errors import refuse
 
@@ -230,7 +230,7 @@ def _check_trainable(model):
         ValueError: That lists the weights that are frozen or added.
     """
     config = converters.config_from_keras(model.backbone.get_config())
-    names = {row.keras: row.name for row in bwetaf_v3.tensors(config)}
+    names = {row.keras: row.name for row in tensors(config)}
     trained = [variable.path for variable in model.trainable_variables]
     problems = [f"{path} is frozen" for path in names if path not in trained]
     problems += [

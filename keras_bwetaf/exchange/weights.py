@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 import converters
-from converters.bwetaf_v3 import tensors
+from converters.architectures import tensors
 from keras_bwetaf.layers.sharding import mesh
 
 
@@ -59,20 +59,19 @@ def assign(backbone, folder):
     for variable in variables.values():
         variable.value.delete()  # zeros, whose memory the weights can have
     for row in checkpoint.rows:
-        variable, tensor = variables[row.keras], checkpoint[row.name]
-        view = tensor.array()
+        variable = variables[row.keras]
+        with checkpoint.tensor(row.name) as view:
 
-        def read(part, view=view, dtype=variable.dtype):
-            # A copy, because JAX goes on using an array where it lies, and
-            # the file may change.
-            return np.array(view[part], dtype, order="C")
+            def read(part, view=view, dtype=variable.dtype):
+                # A copy, because JAX goes on using an array where it lies,
+                # and the file may change.
+                return np.array(view[part], dtype, order="C")
 
-        if mesh() is not None:
-            value = jax.make_array_from_callback(
-                view.shape, places[row.keras], read
-            )
-        else:
-            value = jax.device_put(read(...))
-        # Finished, so that copies don't pile up.
-        variable.assign(value.block_until_ready())
-        tensor.release()
+            if mesh() is not None:
+                value = jax.make_array_from_callback(
+                    view.shape, places[row.keras], read
+                )
+            else:
+                value = jax.device_put(read(...))
+            # Finished, so that copies don't pile up.
+            variable.assign(value.block_until_ready())

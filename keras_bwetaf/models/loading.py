@@ -6,23 +6,9 @@ import warnings
 
 import keras_hub
 
-from converters import flax_folder, hugging_face_folder, keras_folder
-from converters.files import read_json
+from converters.files import read_bytes
 from keras_bwetaf.exchange.weights import assign, check_changes
 from keras_bwetaf.layers.initializers import skip_initialization
-
-# Where a tokenizer's settings are, and what they call its special tokens.
-TOKENIZER_SETTINGS = {
-    "safetensors": (
-        hugging_face_folder.TOKENIZER_CONFIG,
-        {"end_token": "eos_token", "unk_token": "unk_token"},
-    ),
-    "flax": (
-        flax_folder.TOKENIZER_CONFIG,
-        {"end_token": "eos_token", "unk_token": "uk_token"},
-    ),
-}
-TOKENIZER_SETTINGS["torch"] = TOKENIZER_SETTINGS["safetensors"]
 
 
 def load_backbone(cls, files, load_weights, dtype, changes):
@@ -43,7 +29,7 @@ def load_backbone(cls, files, load_weights, dtype, changes):
             weights.
     """
     skipped = skip_initialization if load_weights else contextlib.nullcontext
-    if files.layout == "keras":
+    if files.layout is not None and files.layout.name == "keras":
         with skipped():
             return _keras_backbone(cls, files, load_weights, dtype, changes)
     with skipped():
@@ -85,8 +71,8 @@ def load_preprocessor(cls, files, **options):
     Returns:
         A `cls`.
     """
-    if files.layout == "keras":
-        keras_folder.read_documents(files.folder)
+    if files.layout.name == "keras":
+        files.layout.read_documents(files.folder)
         return _from_keras(
             keras_hub.models.CausalLMPreprocessor, cls, files, **options
         )
@@ -106,20 +92,23 @@ def load_tokenizer(cls, files, **options):
     Returns:
         A `cls`.
     """
-    if files.layout == "keras":
-        keras_folder.read_documents(files.folder)
+    if files.layout.name == "keras":
+        files.layout.read_documents(files.folder)
         return _from_keras(
             keras_hub.tokenizers.Tokenizer, cls, files, **options
         )
-    name, keys = TOKENIZER_SETTINGS[files.layout]
-    path = files.folder / name
-    settings = read_json(path) if path.is_file() else {}
-    special = {
-        argument: settings[key]
-        for argument, key in keys.items()
-        if isinstance(settings.get(key), str)
+    special = files.layout.special_tokens(
+        files.folder,
+        files.layout.read_documents(files.folder),
+        read_bytes(files.tokenizer),
+    )
+    names = {"end_token": "eos_token", "unk_token": "unk_token"}
+    given = {
+        argument: special[name]
+        for argument, name in names.items()
+        if isinstance(special[name], str)
     }
-    return cls(str(files.tokenizer), **{**special, **options})
+    return cls(str(files.tokenizer), **{**given, **options})
 
 
 def warn_of_no_tokenizer(preset, reason):

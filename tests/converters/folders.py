@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 import converters
+from converters.mapped import Held
 
 FORMATS = ("flax", "safetensors", "keras", "torch")
 CONFIG = {
@@ -28,6 +29,13 @@ CONFIG = {
     "use_fash_attention": False,
 }
 STATS = b'{"name": "tiny", "num_params": 1, "loss": [[8.25, 7.5]], "lr": []}'
+
+
+class Unreadable(Held):
+    """A tensor that cannot be read."""
+
+    def array(self):
+        raise KeyError
 
 
 def contents(folder):

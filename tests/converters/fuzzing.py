@@ -926,7 +926,8 @@ class Bench:
             readable=[self.work, Path(converters.__file__).parent],
             writable=[self.target, self.work / ".target."],
         )
-        codecs.lookup("ascii")
+        for codec in ("ascii", "unicode_escape"):  # of messages
+            codecs.lookup(codec)
         # Whatever is imported or compiled on first use, is so before a case.
         for folder in sorted(self.work.iterdir()):
             for to in FORMATS:
@@ -953,7 +954,7 @@ class Bench:
         data, damages = damage(
             rng, "kept" if is_kept else kind, self.files[name], others
         )
-        to = rng.choice(FORMATS)
+        to = rng.choice(list(FORMATS))
         options = {}
         if to in ("safetensors", "torch") and rng.random() < 0.5:
             options["max_shard_size"] = 500

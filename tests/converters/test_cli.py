@@ -226,7 +226,7 @@ def test_sigterm_removes_what_was_begun(tiny, tmp_path):
         "    (folder / 'half').write_text('')\n"
         "    print('writing', flush=True)\n"
         "    time.sleep(60)\n"
-        "formats.WRITE['keras'] = write\n"
+        "formats.FORMATS['keras'].write = write\n"
         "cli.main()\n"
     )
     command = [sys.executable, "-c", code, "convert", tiny["flax"]]

@@ -439,7 +439,7 @@ for target in targets:
     converters.convert(folder, target, to=to, progress=look)
     folder = target
 try:
-    bytearray(int(sys.argv[1]))
+    bytearray(limit)  # more than what was given back leaves room for
 except MemoryError:
     print(max(mapped) // 1000, "MB mapped")
 """

@@ -9,15 +9,18 @@ import pytest
 
 from converters import CheckpointError, hdf5_format
 from converters.hdf5_format import read_hdf5, write_hdf5
-from converters.mapped import DTYPES
-from tests.converters.folders import any_bits, assert_same_tensors
+from converters.mapped import DTYPES, Held, View
+from tests.converters.folders import (
+    Unreadable,
+    any_bits,
+    assert_same_tensors,
+)
 
 NUMBERS = np.arange(6, dtype="float32").reshape(2, 3)
 
 
 def write_all(path, arrays):
-    specs = {name: (each.dtype, each.shape) for name, each in arrays.items()}
-    write_hdf5(path, specs, arrays.get, lambda name: None)
+    write_hdf5(path, {name: View(Held(each)) for name, each in arrays.items()})
 
 
 def read_all(path):
@@ -108,9 +111,8 @@ def test_arrays_are_views_that_survive_release(tmp_path):
 def test_failed_write_leaves_what_was_there(tmp_path):
     write_all(tmp_path / "file", {"a": np.ones(3)})
     before = (tmp_path / "file").read_bytes()
-    specs = {"a": (np.dtype("float32"), (3,))}
     with pytest.raises(KeyError):
-        write_hdf5(tmp_path / "file", specs, {}.__getitem__, None)
+        write_hdf5(tmp_path / "file", {"a": View(Unreadable(np.ones(3)))})
     assert (tmp_path / "file").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 

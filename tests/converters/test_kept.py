@@ -298,6 +298,16 @@ def test_side_file_cannot_name_other_classes(copy, tiny, tmp_path, named):
     assert not (tmp_path / "keras").exists()
 
 
+def test_side_file_cannot_make_it_another_format(copy, tmp_path):
+    folder = copy("flax")
+    change = {"order": [], "changes": {"registered_name": {"kept": "x"}}}
+    kept = {"hugging_face": {"config.json": change}}
+    (folder / SIDE).write_text(json.dumps(kept))
+    with pytest.raises(CheckpointError, match="cannot be read.*Expected conf"):
+        convert(folder, tmp_path / "new", to="torch")
+    assert not (tmp_path / "new").exists()
+
+
 def test_side_file_cannot_write_other_files(copy, tmp_path):
     folder = copy("flax")
     change = {"order": [], "changes": {"a": {"kept": 1}}}

@@ -5,7 +5,6 @@ import random
 import pytest
 
 import keras_bwetaf
-from tests.hub_server import HubServer
 
 WORDS = (
     "a the sun moon star wind and or sings sleeps walks home to night day "
@@ -37,22 +36,3 @@ def other_tokenizer(documents):
     """As large as `tokenizer`, with other tokens."""
     texts = [text.upper() for text in documents]
     return keras_bwetaf.train_tokenizer(texts, 400, min_frequency=2)
-
-
-@pytest.fixture
-def hub():
-    """A Hub that serves data sets."""
-    server = HubServer()
-    handler = server._server.RequestHandlerClass
-
-    class DataSetHandler(handler):
-        """Speaks of models, under the addresses of data sets."""
-
-        def _answer(self):
-            path = self.path.replace("/api/datasets/", "/api/models/", 1)
-            self.path = path.replace("/datasets/", "/", 1)
-            super()._answer()
-
-    server._server.RequestHandlerClass = DataSetHandler
-    with server:
-        yield server
