@@ -18,10 +18,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
 
+import converters
+import keras_bwetaf
+from converters.architectures import tensors
 from converters.errors import printable
+from keras_bwetaf import preset_files
 from keras_bwetaf.run import folder as run_folder
+from keras_bwetaf.run import runner
 from keras_bwetaf.run.settings import TrainingSettings, read_settings
+from keras_bwetaf.training import plot_losses
 
 app = typer.Typer(
     help="The BwETAFv3 language model in Keras.",
@@ -128,8 +137,6 @@ def generate(
     if not prompt:
         raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
 
-    import keras_bwetaf
-
     try:
         keras_bwetaf.BwETAFSampler(**settings)
     except ValueError as error:
@@ -180,14 +187,6 @@ def info(
     revision: Revision = None,
 ):
     """Print the configuration, parameters and files of PRESET."""
-    from rich.console import Console
-    from rich.filesize import decimal
-    from rich.table import Table
-
-    import converters
-    from converters.architectures import tensors
-    from keras_bwetaf import preset_files
-
     folder = preset_files.cached_folder(preset, revision)
     if folder is None and preset in preset_files.PRESETS:
         config = preset_files.PRESETS[preset]["config"]
@@ -256,8 +255,6 @@ def pack(
     ] = False,
 ):
     """Tokenize SOURCE into shards in FOLDER, for `train` and `load_packed`."""
-    import keras_bwetaf
-
     keras_bwetaf.data.pack(
         source,
         folder,
@@ -336,8 +333,6 @@ def train(
     if message:
         print(message)
         return
-    from keras_bwetaf.run import runner
-
     with _second_interrupt_exits():
         runner.train(run, **given)
 
@@ -396,8 +391,6 @@ def plot(
     ] = None,
 ):
     """Plot the losses of the run in RUN."""
-    from keras_bwetaf.training import plot_losses
-
     print(plot_losses(run, output))
 
 

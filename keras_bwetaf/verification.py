@@ -30,7 +30,7 @@ class KerasModel:
         return self._lm(inputs).__array__().astype("float64")
 
     def generate(self, prompts, choose, num_tokens):
-        self._lm.compile(sampler=_Chooser(choose))
+        self._lm.compile(sampler=_Chooser(choose, len(prompts)))
         lengths = np.array([len(prompt) for prompt in prompts])
         mask = np.arange(lengths.max()) < lengths[:, None]
         token_ids = np.zeros(mask.shape, "int32")
@@ -47,11 +47,13 @@ class _Chooser(keras_hub.samplers.Sampler):
 
     Args:
         choose: callable. See `converters.runtimes.Model`.
+        num_rows: int. Of the batch; on several devices, more are generated.
     """
 
-    def __init__(self, choose):
+    def __init__(self, choose, num_rows):
         super().__init__()
         self._choose = choose
+        self._num_rows = num_rows
 
     def compute_probabilities(self, logits):
         return logits
@@ -60,7 +62,8 @@ class _Chooser(keras_hub.samplers.Sampler):
         tokens = jax.ShapeDtypeStruct(logits.shape[:1], "int32")
 
         def chosen(logits):
-            logits = np.asarray(logits, "float64")
-            return self._choose(logits).astype("int32")
+            real = np.asarray(logits[: self._num_rows], "float64")
+            others = np.zeros(len(logits) - len(real), "int32")
+            return np.append(self._choose(real).astype("int32"), others)
 
         return io_callback(chosen, tokens, logits)

@@ -7,8 +7,8 @@ import numpy as np
 
 import converters
 from converters.architectures import tensors
-from converters.checkpoint import Checkpoint
-from converters.mapped import View
+from converters.checkpoint import STEP, Checkpoint
+from converters.mapped import Held, View
 from keras_bwetaf.exchange.optimizer_state import optimizer_state
 from keras_bwetaf.layers.low_rank import merged_weight, weight_and_factors
 
@@ -55,12 +55,11 @@ def as_checkpoint(lm, include_optimizer=False):
         row.name: _Weight(variables[row.keras], lora_layers.get(row.keras))
         for row in tensors(config)
     }
-    state = optimizer_state(lm) if include_optimizer else {}
     return Checkpoint(
         source="the model",
         config=config,
         tensors={name: View(weight) for name, weight in weights.items()},
-        optimizer={name: View(_Entry(state, name)) for name in state} or None,
+        optimizer=_optimizer(lm) if include_optimizer else None,
         tokenizer=tokenizer.content if tokenizer else None,
         special_tokens={
             "eos_token": tokenizer.end_token,
@@ -69,6 +68,19 @@ def as_checkpoint(lm, include_optimizer=False):
         if tokenizer
         else {},
     )
+
+
+def _optimizer(lm):
+    """The optimizer's state, as `Checkpoint` has it."""
+    state = optimizer_state(lm)
+    return {
+        name: View(
+            Held(state[name])
+            if name == STEP
+            else _Weight(state.moments[name], None)
+        )
+        for name in state
+    }
 
 
 @dataclass(frozen=True)
@@ -96,33 +108,6 @@ class _Weight:
         if self.lora_layer is not None:
             value = merged_weight(self.lora_layer)
         return keras.ops.convert_to_numpy(value)
-
-    def release(self):
-        pass
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A part of the optimizer's state in the place of a mapped tensor.
-
-    Args:
-        state: mapping of str to numpy array.
-        name: str.
-    """
-
-    state: dict
-    name: str
-
-    @property
-    def dtype(self):
-        return self.array().dtype
-
-    @property
-    def shape(self):
-        return self.array().shape
-
-    def array(self):
-        return self.state[self.name]
 
     def release(self):
         pass

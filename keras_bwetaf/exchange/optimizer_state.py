@@ -127,23 +127,23 @@ class _OptimizerState(Mapping):
 
     def __init__(self, optimizer, moments):
         self._optimizer = optimizer
-        self._moments = moments
+        self.moments = moments
 
     def __getitem__(self, name):
         if name == STEP:
             step = keras.ops.convert_to_numpy(self._optimizer.iterations)
             return step.astype("int32")
-        return keras.ops.convert_to_numpy(self._moments[name])
+        return keras.ops.convert_to_numpy(self.moments[name])
 
     def __contains__(self, name):
-        return name == STEP or name in self._moments
+        return name == STEP or name in self.moments
 
     def __iter__(self):
         yield STEP
-        yield from self._moments
+        yield from self.moments
 
     def __len__(self):
-        return 1 + len(self._moments)
+        return 1 + len(self.moments)
 
 
 def _adam(model):
