@@ -340,14 +340,7 @@ class BwETAFModel(BwETAFPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if cache is not None and past_key_values is not None:
-            raise ValueError(
-                "Specify only one of `cache` and `past_key_values`, which are "
-                "the new and the old name of the same."
-            )
-        cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+        cache = self.find_cache(cache, past_key_values, use_cache)
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = past + torch.arange(
@@ -389,6 +382,18 @@ class BwETAFModel(BwETAFPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states, **{CACHE_NAME: cache}
         )
+
+    def find_cache(self, cache, past_key_values, use_cache):
+        """The cache that is given under one of its names, or a new one."""
+        if cache is not None and past_key_values is not None:
+            raise ValueError(
+                "Specify only one of `cache` and `past_key_values`, which are "
+                "the new and the old name of the same."
+            )
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        return cache
 
     def check_keywords(self, kwargs):
         """Refuses keywords that nothing reads, which would have no effect.
