@@ -20,7 +20,7 @@ from rich.table import Table
 
 import keras_bwetaf
 from benchmarks import original
-from keras_bwetaf.presets import PRESETS
+from keras_bwetaf.preset_files import PRESETS
 
 CARD = PRESETS["97m"]["config"]
 

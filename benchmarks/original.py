@@ -7,7 +7,7 @@ from unittest import mock
 import jax
 import optax
 
-from keras_bwetaf.presets import PRESETS
+from keras_bwetaf.preset_files import PRESETS
 
 CARD = PRESETS["97m"]["config"]
 

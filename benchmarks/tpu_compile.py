@@ -57,9 +57,10 @@ from keras_bwetaf.layers import attention, attention_kernel
 from keras_bwetaf.layers.initializers import skip_initialization
 from keras_bwetaf.layers.sharding import device_axes
 from keras_bwetaf.layers.transformer_block import REMAT
-from keras_bwetaf.presets import PRESETS
+from keras_bwetaf.preset_files import PRESETS
+from keras_bwetaf.step import train_step
 from keras_bwetaf.step.loss import head_cross_entropy
-from keras_bwetaf.training import recipe, train_step
+from keras_bwetaf.training import recipe
 
 CARD = PRESETS["97m"]["config"]
 DTYPE = "bfloat16"

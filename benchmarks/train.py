@@ -34,7 +34,7 @@ from rich.table import Table
 import keras_bwetaf
 from benchmarks import original
 from keras_bwetaf.data import document_numbers
-from keras_bwetaf.presets import PRESETS
+from keras_bwetaf.preset_files import PRESETS
 from keras_bwetaf.training import recipe
 from keras_bwetaf.training.hardware import flops_per_token, peak_flops
 

@@ -161,16 +161,16 @@ class Sharding(keras.distribution.ModelParallel):
         num_groups = self.num_model_replicas
         if data_shape[0] * jax.process_count() % num_groups:
             raise ValueError(
-                "The rows of a batch must divide over the devices, or groups "
-                f"of them, of which there are {num_groups}. Pass another "
-                "`batch_size`, or leave out the rest of a data set. Received: "
-                f"a batch of shape {tuple(data_shape)}"
+                "The number of rows in a batch must be a multiple of "
+                f"{num_groups}, the number of devices, or of groups of them. "
+                "Pass another `batch_size`, or leave out the rest of a data "
+                f"set. Received: a batch of shape {tuple(data_shape)}"
             )
         if self._undivided and not self._is_noted:
             self._is_noted = True
             warnings.warn(
-                "Some dimensions do not divide over the devices, and are "
-                "whole on each: " + "; ".join(self._undivided),
+                "Some dimensions are no multiples of the number of devices on "
+                "their axis, and are replicated: " + "; ".join(self._undivided),
                 stacklevel=2,
             )
         return super().get_data_layout(data_shape)

@@ -384,13 +384,13 @@ def test_odd_sizes(name, options, expected_odd):
     logits, losses, gradients = expected_odd
     with scope(name):
         lm = make_lm(ODD, **options)
-        with pytest.warns(UserWarning, match="whole on each") as warnings:
+        with pytest.warns(UserWarning, match="are replicated") as warnings:
             received = lm.predict(x, batch_size=8, verbose=0)
             received_losses, received_gradients = train(lm, x)
     (text,) = (
         str(each.message)
         for each in warnings
-        if "whole on each" in str(each.message)
+        if "are replicated" in str(each.message)
     )
     assert text.count("token_embedding/embeddings: ") == 1
     assert text.count("transformer_layer_*/feedforward/gate/kernel: ") == 1

@@ -201,7 +201,8 @@ class Trainer(Generator):
         """Trains the model. See `keras.Model.fit`.
 
         On several devices, the last batch of strings or arrays is filled up
-        with padding, which weighs nothing. Batches of a data set must divide.
+        with padding, which weighs nothing. The rows of a data set's batches
+        must be a multiple of the devices.
 
         Whatever ends it, an error or an interrupt, the model keeps what it
         has learned up to the last step. Callbacks may use the model: generate,
