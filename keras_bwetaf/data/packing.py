@@ -185,9 +185,9 @@ def pack(
             fresh,
             documents,
             tokenizer,
-            num_workers,
-            overwrite,
-            progress,
+            num_workers=num_workers,
+            overwrite=overwrite,
+            progress=progress,
         )
 
     packed = in_first_process(write)
