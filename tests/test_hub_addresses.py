@@ -13,7 +13,7 @@ import converters
 import converters.cli
 import keras_bwetaf
 import keras_bwetaf.cli
-from keras_bwetaf import presets
+from keras_bwetaf import preset_files
 from keras_bwetaf.data.sources import read_documents
 from tests.converters.folders import normal, write_original
 from tests.original import tokenizer
@@ -70,8 +70,12 @@ PLACES = {
     "inspect": lambda _: converters.inspect(MODEL),
     "from_preset": from_preset,
     "load_optimizer": load_optimizer,
-    "load_tokenizer": lambda _: presets.load_tokenizer(MODEL),
-    "load_config": lambda _: presets.load_config(MODEL),
+    "causal_lm": lambda _: keras_bwetaf.BwETAFCausalLM.from_preset(MODEL),
+    "backbone": lambda _: keras_bwetaf.BwETAFBackbone.from_preset(MODEL),
+    "preprocessor": lambda _: (
+        keras_bwetaf.BwETAFCausalLMPreprocessor.from_preset(MODEL)
+    ),
+    "load_config": lambda _: preset_files.load_config(MODEL),
     "tokenizer": lambda _: keras_bwetaf.BwETAFTokenizer.from_preset(MODEL),
     "read_documents": read_texts,
     "pack": lambda path: keras_bwetaf.data.pack(

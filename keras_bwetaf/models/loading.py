@@ -70,7 +70,11 @@ def load_preprocessor(cls, files, **options):
 
     Returns:
         A `cls`.
+
+    Raises:
+        As `load_tokenizer`.
     """
+    _check_tokenizer(files)
     if files.layout.name == "keras":
         files.layout.read_documents(files.folder)
         return _from_keras(
@@ -91,7 +95,12 @@ def load_tokenizer(cls, files, **options):
 
     Returns:
         A `cls`.
+
+    Raises:
+        ValueError: If there is no tokenizer, or its files are damaged.
+        ConnectionError: If the tokenizer has to be downloaded first.
     """
+    _check_tokenizer(files)
     if files.layout.name == "keras":
         files.layout.read_documents(files.folder)
         return _from_keras(
@@ -109,6 +118,16 @@ def load_tokenizer(cls, files, **options):
         if isinstance(special[name], str)
     }
     return cls(str(files.tokenizer), **{**given, **options})
+
+
+def _check_tokenizer(files):
+    if files.folder is None:
+        raise ConnectionError(files.no_tokenizer)
+    if files.no_tokenizer:
+        raise ValueError(
+            f"{files.folder}: the model has no tokenizer. {files.no_tokenizer} "
+            "Put the file there, or pass another preset."
+        )
 
 
 def warn_of_no_tokenizer(preset, reason):

@@ -1,5 +1,7 @@
 """`from_preset` of each class, and KerasHub's own."""
 
+import shutil
+
 import keras_hub
 import numpy as np
 import pytest
@@ -76,6 +78,17 @@ def test_parts_of_ones_own():
         "tiny", load_weights=False, preprocessor=own
     )
     assert lm.preprocessor is own
+
+
+def test_without_a_tokenizer(saved, hub, hub_client, tmp_path):
+    bare = shutil.copytree(saved, tmp_path / "bare")
+    (bare / "assets/tokenizer/tokenizer.json").unlink()
+    hub.stop()
+    for cls in (BwETAFTokenizer, BwETAFCausalLMPreprocessor):
+        with pytest.raises(ValueError, match="bare: the model has no tokeniz"):
+            cls.from_preset(bare)
+        with pytest.raises(ConnectionError, match="cannot be reached"):
+            cls.from_preset("97m")
 
 
 def test_unknown_keywords():
