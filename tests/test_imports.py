@@ -14,6 +14,11 @@ PACKAGES = ("keras_bwetaf", "converters")
 # Runs in the folder of other packages that carry PyTorch's code: it imports
 # PyTorch, which not everybody has.
 TRAVELS = "converters.transformers_model"
+# Optional, but for JAX and KerasHub, which are slow.
+WITHIN_FUNCTIONS = (
+    *("converters", "grain", "jax", "keras_bwetaf", "keras_hub"),
+    *("IPython", "matplotlib", "pyarrow", "tensorflow", "torch"),
+)
 # One process has other people's packages ready. Each of its children imports
 # one of our modules, and nothing of ours before.
 IMPORT_EACH = """
@@ -61,6 +66,15 @@ def imported(path, names):
             name = name if name in names else name.rpartition(".")[0]
             if name in names:
                 yield name
+
+
+def packages_of(node):
+    """Names of the packages that a function imports."""
+    for each in ast.walk(node):
+        if isinstance(each, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in each.names)
+        elif isinstance(each, ast.ImportFrom):
+            yield each.module.partition(".")[0]
 
 
 def with_packages(name):
@@ -118,6 +132,22 @@ def test_converters_know_nothing_of_keras_bwetaf():
         if name.startswith("converters"):
             ours = {each for each in targets if each.startswith("keras_bwetaf")}
             assert not ours, name
+
+
+def test_imports_within_functions_are_of_optional_or_slow_packages():
+    names = modules()
+    inside = {
+        (name, target)
+        for name, path in names.items()
+        if not name.startswith(TRAVELS)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for target in packages_of(node)
+    }
+    assert {target for _, target in inside} <= set(WITHIN_FUNCTIONS)
+    assert {name for name, target in inside if target == "keras_bwetaf"} == {
+        "keras_bwetaf.data.tracking"  # Of a class that derives from Grain's.
+    }
 
 
 @pytest.mark.slow
