@@ -30,6 +30,7 @@ def load_example():
     return load
 
 
+@pytest.mark.slow
 def test_finetune_lora(load_example, tmp_path, capsys):
     small_lm().save_to_preset(tmp_path / "base")
     load_example("finetune_lora").main(

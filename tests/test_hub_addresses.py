@@ -107,10 +107,11 @@ def test_functions(published, tmp_path, place):
             keras_bwetaf.cli.main,
             f"pack {DATA} packed --preset {MODEL} --num-workers 1",
         ),
-        (
+        pytest.param(
             keras_bwetaf.cli.main,
             f"train run --data {DATA} --preset {MODEL} --steps 1 "
             "--batch-size 8 --sequence-length 16 --validation-fraction 0",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",

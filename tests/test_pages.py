@@ -69,7 +69,10 @@ REPLACE = {
         ("save_every=500", "save_every=2"),
     ],
 }
-SLOW = {"README.md", "docs/index.md"}
+SLOW = {
+    *("README.md", "docs/index.md"),
+    *("docs/training.md", "docs/finetuning.md"),
+}
 # Run by tests/converters/test_readme.py, where the small folders are.
 ELSEWHERE = {"docs/converting.md"}
 

@@ -439,6 +439,7 @@ def test_keras_preset_of_another_class(
         from_preset(keras_folder, **overrides)
 
 
+@pytest.mark.slow
 def test_quantized_preset(saved, tmp_path):
     lm = from_preset(saved[1])
     with warnings.catch_warnings():

@@ -55,8 +55,12 @@ def original_losses(folder, dtype, masks, rows):
     return losses(logits, rows)
 
 
-@pytest.mark.parametrize("masks", ["causal", "documents"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "masks", ["causal", pytest.param("documents", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float32"]
+)
 def test_validation_loss(trained_checkpoint, rows, dtype, masks):
     """Within 1e-3 of the original, or of what its own rounding costs it."""
     expected = original_losses(trained_checkpoint, dtype, masks, rows)

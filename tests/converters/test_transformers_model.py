@@ -166,8 +166,8 @@ def test_frequencies_are_those_of_keras(width, theta):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"gqa_repeats": 4},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"gqa_repeats": 4}, marks=pytest.mark.slow),
         {"num_heads": [2, 4, 8], "num_blocks": 3},
         {"num_heads": 5, "attention_dim": 35, "gqa_repeats": 1, "ff_dim": 47},
     ],
@@ -220,7 +220,9 @@ def test_logits_of_a_trained_model_are_those_of_keras(trained, trained_folder):
     assert relative_l2(logits(trained, token_ids), expected) < 1e-5
 
 
-@pytest.mark.parametrize("rope_dtype", [None, "float32"])
+@pytest.mark.parametrize(
+    "rope_dtype", [pytest.param(None, marks=pytest.mark.slow), "float32"]
+)
 def test_bfloat16_logits_are_as_good_as_those_of_keras(make_folder, rope_dtype):
     """Both are compared with the model in float64, with rounded angles.
 

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -216,7 +217,9 @@ def test_a_cache_is_dropped_where_layers_are_recomputed(model):
     assert cache.get_seq_length() == 0
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "attention", [pytest.param("sdpa", marks=pytest.mark.slow), "eager"]
+)
 def test_continuous_batching_makes_the_same_text(model, attention):
     model.set_attn_implementation(attention)
     prompts = [random_ids(length).tolist() for length in (3, 17, 9)]
@@ -224,6 +227,10 @@ def test_continuous_batching_makes_the_same_text(model, attention):
         inputs=prompts,
         generation_config=GenerationConfig(
             max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=-1
+        ),
+        # By default, its cache takes most of the free memory.
+        continuous_batching_config=ContinuousBatchingConfig(
+            num_blocks=16, max_batch_tokens=64
         ),
     )
     received = [outputs[name].generated_tokens for name in sorted(outputs)]

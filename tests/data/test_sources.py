@@ -302,7 +302,9 @@ def break_off(hub, monkeypatch, how):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-@pytest.mark.parametrize("how", ["offline", "gone"])
+@pytest.mark.parametrize(
+    "how", ["offline", pytest.param("gone", marks=pytest.mark.slow)]
+)
 def test_hub_files_are_read_from_the_cache(
     hub, repository, tokenizer, tmp_path, monkeypatch, how
 ):

@@ -170,6 +170,7 @@ def test_second_call_compiles_nothing(fresh_lm):
     assert sizes == (1, 1)
 
 
+@pytest.mark.slow
 def test_stop_tokens_are_matched_in_new_tokens_only(lm):
     tokenizer = lm.preprocessor.tokenizer
     arguments = dict(max_new_tokens=30, temperature=0, strip_prompt=True)

@@ -82,7 +82,15 @@ def check_parity(manager, **port_changes):
     assert parity.relative_l2(logits, manager(token_ids, mask)) < 1e-5
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("heads per layer", "odd key width")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in CONFIGURATIONS
+    ],
+)
 def test_parity(name):
     check_parity(original.manager(**{**SMALL, **CONFIGURATIONS[name]}))
 
@@ -168,6 +176,7 @@ def test_bfloat16_is_no_less_exact_than_the_original():
         assert our_distance <= their_distance
 
 
+@pytest.mark.slow
 def test_rope_dtype_float32_is_exact_in_bfloat16():
     """Rounding only the angles moves late logits; exact angles don't."""
     manager = original.manager(**SMALL)
@@ -230,6 +239,7 @@ def test_model_without_an_optimizer_can_be_saved(tmp_path):
 
 
 # Keras names every layer that has no weights to quantize.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 def test_lora_and_quantization():
     """Both change the layers; generation follows, compiled or not before."""
@@ -288,7 +298,13 @@ QUANTIZATIONS = {
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 @pytest.mark.filterwarnings("ignore:The model has no preprocessor")
-@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "int4" else name
+        for name in QUANTIZATIONS
+    ],
+)
 def test_quantized_models_come_back(name, tmp_path):
     """With the same quantizers of the layers' inputs, or none."""
     config = {**TINY, "num_layers": 1, "initializer_range": 0.5}

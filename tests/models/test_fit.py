@@ -176,6 +176,7 @@ def our_losses(dtype, seed, num_steps):
     return np.array(history.history["loss"])
 
 
+@pytest.mark.slow
 def test_follows_the_original():
     expected = their_losses("float32", 0, 20)
     received = our_losses("float32", 0, 20)
@@ -199,6 +200,7 @@ def test_follows_the_original_in_bfloat16():
     assert difference < noise
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_float32_weights():
     losses = {}
     for dtype in ("float32", "mixed_bfloat16"):
@@ -311,9 +313,10 @@ def test_accumulation_draws_new_dropout_in_every_part():
     [
         ("attention", "float32", 1e-6),
         ("block", "float32", 1e-6),
-        ("full", "float32", 1e-6),
+        pytest.param("full", "float32", 1e-6, marks=pytest.mark.slow),
         (("block", "attention"), "float32", 1e-6),
-        ("full", "mixed_bfloat16", 3e-2),  # It rounds at other places.
+        # It rounds at other places.
+        pytest.param("full", "mixed_bfloat16", 3e-2, marks=pytest.mark.slow),
     ],
 )
 def test_remat_changes_no_gradient(remat, dtype, tolerance):
@@ -346,6 +349,7 @@ def compiled_step(lm, x):
     return jax.jit(lm.train_step).lower(tuple(state), x).compile()
 
 
+@pytest.mark.slow
 def test_remat_recomputes():
     """A step counts more operations the less is kept."""
     x = packed(rows(2, length=64))
@@ -501,6 +505,7 @@ def test_packed_rows_beside_a_preprocessor():
     assert history[-1] < history[0]
 
 
+@pytest.mark.slow
 def test_own_loss_and_metrics_see_logits():
     """And compiling anew goes back."""
     x = uneven()
@@ -727,6 +732,7 @@ def test_a_clone_counts_tokens_as_the_model_does():
         assert abs(value / expected[name] - 1) < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantize_is_silent(mode, capfd):
     """Warnings are errors here."""

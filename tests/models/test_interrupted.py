@@ -574,6 +574,7 @@ def test_several_devices(method):
         keras.distribution.set_distribution(None)
 
 
+@pytest.mark.slow
 def test_interrupted_between_checkpoints(tmp_path):
     """The model has the steps that no checkpoint has yet."""
     path = write_rows(tmp_path / "rows.npy")

@@ -521,6 +521,7 @@ def damage_arrays(item):
         path.write_bytes(bytes(each ^ 0x55 for each in path.read_bytes()))
 
 
+@pytest.mark.slow
 def test_each_damage_is_found_or_harmless(whole, copied, lm):
     rng = random.Random(0)
     checkpoint = copied / "checkpoints" / "18"
@@ -671,6 +672,7 @@ def test_another_recipe(copied, changes, message):
     assert restore(lm, copied, include_optimizer=False)["step"] == 18
 
 
+@pytest.mark.slow
 def test_a_longer_recipe(copied):
     """With more epochs, the training is a longer one."""
     record = Recorder()
@@ -678,6 +680,7 @@ def test_a_longer_recipe(copied):
     assert record.events == ["begin", *range(19, 25), "end"]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_callbacks_change(folder):
     lm = build_lm()
     lm.compile(keras.optimizers.SGD(0.5))
@@ -694,6 +697,7 @@ def test_a_learning_rate_that_callbacks_change(folder):
         fit(lm, folder, epochs=3)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version(folder, monkeypatch):
     """It tells nothing of the optimizer's settings."""
     save = CheckpointStore.save
