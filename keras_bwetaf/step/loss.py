@@ -180,7 +180,7 @@ def _with_gradient(hidden_states, embeddings, targets, weights, num_chunks):
 
     def step(table_gradient, chunk):
         hidden_states, targets, weights = chunk
-        logits = _logits(hidden_states, table)
+        logits = _logits(hidden_states, table)  # (b, t, v)
         losses, is_correct, log_normalizer = _token_losses(logits, targets)
         probabilities = jnp.exp(logits - log_normalizer[..., None])
         # A comparison inside one fused loop; a one-hot array is never made.
@@ -189,6 +189,7 @@ def _with_gradient(hidden_states, embeddings, targets, weights, num_chunks):
         gradient *= weights[..., None]
         gradient = gradient.astype(hidden_states.dtype)  # (b, t, v)
         hidden_gradient = jnp.einsum("btv,vd->btd", gradient, table)
+        # (v, d), summed over all chunks
         table_gradient += jnp.einsum(
             "btv,btd->vd",
             gradient,
@@ -236,7 +237,7 @@ def _token_losses(logits, targets):
     Returns:
         Tuple of three arrays `(batch, length)`.
     """
-    highest = jnp.max(logits, axis=-1)
+    highest = jnp.max(logits, axis=-1)  # (batch, length)
     sums = jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1)
     log_normalizer = highest + jnp.log(sums)
     target_logits = jnp.take_along_axis(
