@@ -18,8 +18,8 @@ from converters.files import read_bytes_or_none, read_stats, write_files
 class Format(abc.ABC):
     """A format of model folders; its module has a subclass and an instance.
 
-    `read` and `write` are the same for all formats, up to the methods below
-    them, which each format has its own of.
+    `read` and `write` are the same for all formats. They call the methods
+    below them, which each format defines.
 
     Attributes:
         name: str. What users call it.
@@ -32,7 +32,8 @@ class Format(abc.ABC):
         required: tuple of str. The files that a whole model has besides its
             weights.
         settings: tuple of str. Patterns of all small files but `stats`.
-        heads: tuple of str. The files of which one leads to the weights.
+        heads: tuple of str. Names of the file of weights, or of its index: a
+            model has one of them.
         weights, optimizer: tuples of str. Patterns of files of tensors.
         indexes: tuple of str. Files that say where tensors are.
         code: tuple of str. Files of code, which is compared, but not run.

@@ -37,8 +37,8 @@ def detect_format(folder: str | os.PathLike) -> FormatName:
         KerasHub preset) or `"torch"` (canonical, with PyTorch code).
 
     Raises:
-        CheckpointError: if it is none of them, or a file of it is none, or a
-            link to elsewhere.
+        CheckpointError: if the folder is in none of these formats, or one of
+            its files is a folder, or a link that leads out of it.
     """
     return find_format(folder).name
 

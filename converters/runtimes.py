@@ -1,8 +1,8 @@
 """The frameworks that can run a model folder, imported only to do so.
 
 A package brings one by an entry point of the group `converters.runtimes`,
-under the name that a `Format` has for its runtime. It names what `load` of
-`Runtime` is.
+under the name that a `Format` has for its runtime. The entry point refers to
+the callable that becomes `Runtime.load`.
 """
 
 import importlib.util

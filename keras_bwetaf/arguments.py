@@ -5,16 +5,32 @@ A test compares them with what the functions take.
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import keras
+import numpy as np
 
 PathLike = str | os.PathLike[str]
 DType = str | keras.DTypePolicy
-Seed = int | Sequence[int]
+Seed = int | Sequence[int] | np.ndarray
 
 
 Remat = Literal["none", "attention", "block", "full"]
+
+
+class Tokenizer(Protocol):
+    """What `pack` and `load_instructions` need of a `BwETAFTokenizer`."""
+
+    end_token_id: int
+
+    def specification(self) -> str: ...
+    def vocabulary_size(self) -> int: ...
+
+
+class TextDataset(Protocol):
+    """A `tf.data.Dataset`."""
+
+    def as_numpy_iterator(self) -> Any: ...
 
 
 class BackboneConfig(TypedDict, total=False):

@@ -36,7 +36,7 @@ BATCH, MODEL = "batch", "model"
 
 
 def data_parallel(
-    devices: Sequence[str] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> "Sharding":
     """Replicates the weights, and shards the rows of a batch.
 
@@ -52,7 +52,7 @@ def data_parallel(
 
 
 def fully_sharded(
-    devices: Sequence[str] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> "Sharding":
     """As `data_parallel`, with weights and optimizer state split, too.
 
@@ -72,7 +72,7 @@ def fully_sharded(
 def model_parallel(
     model: int,
     fully_sharded: bool = False,
-    devices: Sequence[str] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> "Sharding":
     """Groups of devices work together on the same rows.
 

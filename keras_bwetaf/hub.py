@@ -25,7 +25,7 @@ from converters.hub import (
 )
 from keras_bwetaf.panics import clear_panics
 
-# Loading from it is slow: a repository of it is kept as safetensors.
+# Loads slowly: a repository of it is converted to safetensors, once.
 CONVERTED = "flax"
 # What a cache answers that is read-only or full.
 UNWRITABLE = {

@@ -10,7 +10,7 @@ import huggingface_hub
 import keras_hub
 
 import converters
-from converters.hub import SCHEME
+from converters.hub import SCHEME, is_address
 from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.preset_files import backbone_config
 
@@ -66,9 +66,9 @@ def upload_preset(uri: str, preset: PathLike) -> None:
             f"Received: preset={str(preset)!r}"
         )
     config = backbone_config(folder)
-    if uri.startswith(SCHEME):
+    if is_address(uri):
         repo = huggingface_hub.create_repo(
-            uri.removeprefix(SCHEME), exist_ok=True
+            uri[len(SCHEME) :], exist_ok=True
         ).repo_id
         if not huggingface_hub.file_exists(repo, CARD):
             own = folder / CARD

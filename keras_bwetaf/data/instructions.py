@@ -5,6 +5,7 @@ import collections.abc
 import functools
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,7 +146,9 @@ def load_instructions(
     )
 
 
-def chat_prompt(messages: Any, template: str = CHAT_TEMPLATE) -> str:
+def chat_prompt(
+    messages: Any, template: Mapping[str, str] = CHAT_TEMPLATE
+) -> str:
     """The text that a model is to continue with the assistant's answer.
 
     Args:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,9 +108,7 @@ class _Rows:
 
 
 def load_packed(
-    source: PathLike
-    | Mapping[PathLike, float]
-    | Sequence[tuple[Any, int | None]],
+    source: PathLike | dict[Any, float] | list[Any],
     *,
     sequence_length: int,
     batch_size: int,

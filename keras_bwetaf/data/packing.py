@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from converters.files import local_path, new_file
-from keras_bwetaf.arguments import PathLike
+from keras_bwetaf.arguments import PathLike, Tokenizer
 from keras_bwetaf.checks import is_number, positive_int
 from keras_bwetaf.data import listing, worker
 from keras_bwetaf.data.index import (
@@ -93,7 +93,7 @@ class PackingReport:
 def pack(
     source: Any,
     folder: PathLike,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     split: str = "train",
     column: str = "text",
@@ -198,7 +198,7 @@ def pack(
     if validation_fraction and worker.VALIDATION not in report.tokens:
         warnings.warn(
             f"{folder}: nothing is held out for validation. Each document is "
-            "held out or not by chance, so that takes more or shorter ones. "
+            "held out by chance. Pass more documents, or shorter ones. "
             f"Received: {report.documents} documents, "
             f"validation_fraction={validation_fraction}",
             stacklevel=2,

@@ -38,7 +38,12 @@ class TrackedBatches(grain.IterDataset):
 
     def __init__(self, dataset):
         super().__init__(dataset)
+        self.untracked = dataset
         self._beginning = dataset.__iter__().get_state()
+        self.restart()
+
+    def restart(self):
+        """Forgets what was read: the next batch is the first one, number 0."""
         self._start = 0, self._beginning
         self._states = {0: self._beginning}  # The next batch has that number.
         self._digests = {}

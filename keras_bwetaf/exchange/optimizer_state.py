@@ -153,8 +153,8 @@ def _adam(model):
         ValueError: If it has none, or one with more state than Adam's own.
     """
     backbone = getattr(model, "backbone", None)
-    name = keras.saving.get_registered_name(type(backbone))
-    if not name.startswith("keras_bwetaf>"):
+    names = map(keras.saving.get_registered_name, type(backbone).__mro__)
+    if not any(name.startswith("keras_bwetaf>") for name in names):
         raise ValueError(
             "Expected a BwETAFCausalLM, whose weights have canonical names. "
             f"Received: model={model!r} of type {type(model).__name__}"

@@ -1,6 +1,7 @@
 """What decoder-only backbones have in common, whatever their parts are."""
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, Unpack
 
@@ -11,14 +12,15 @@ from jax.typing import ArrayLike
 from keras_bwetaf.arguments import BackboneConfig, DType, PathLike
 from keras_bwetaf.checks import checked_number, is_number, positive_int
 from keras_bwetaf.layers import TransformerBlock
-from keras_bwetaf.models.loading import load_backbone
+from keras_bwetaf.models.loading import is_left_to_keras_hub, load_backbone
 from keras_bwetaf.models.lora import LoraBackbone
 from keras_bwetaf.models.quantization import only_what_can_be
 from keras_bwetaf.names import with_nearest
 from keras_bwetaf.preset_files import open_preset
 
-# What Keras takes besides, of every backbone.
+# Keywords that every Keras model takes, besides the configuration.
 KERAS_KEYWORDS = ("name", "trainable")
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 SIZES = ("vocabulary_size", "intermediate_dim", "max_sequence_length")
 
 # (key, value), each `(batch * heads, slots, head_dim)`, for each layer.
@@ -84,6 +86,7 @@ class DecoderBackbone(LoraBackbone):
         )
 
         # === Config ===
+        self._config_names = tuple(config)
         for name, value in config.items():
             setattr(self, name, value)
 
@@ -177,7 +180,8 @@ class DecoderBackbone(LoraBackbone):
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         for name in self.config_names():
-            config[name] = getattr(self, name)
+            if name in self._config_names:  # Not a subclass's own.
+                config[name] = getattr(self, name)
         quantizers = {
             layer.path: keras.quantizers.serialize(layer.inputs_quantizer)
             for layer in self._layers_of_quantized_inputs()
@@ -213,6 +217,10 @@ class DecoderBackbone(LoraBackbone):
         **config: Unpack[BackboneConfig],
     ) -> Self:
         """Loads a backbone: see `keras_bwetaf.from_preset`."""
+        if is_left_to_keras_hub(cls, preset):
+            return super().from_preset(
+                os.fspath(preset), load_weights, dtype=dtype, **config
+            )
         cls.check_keywords("from_preset()", config)
         files = open_preset(preset, revision, load_weights)
         return load_backbone(cls, files, load_weights, dtype, config)
@@ -226,10 +234,24 @@ class DecoderBackbone(LoraBackbone):
 
     @classmethod
     def config_names(cls) -> list[str]:
-        """Names of the constructor's arguments, but for those of Keras."""
-        parameters = inspect.signature(cls.__init__).parameters
-        others = ("self", "dtype", "kwargs")
-        return [name for name in parameters if name not in others]
+        """Names of the constructor's arguments, but for those of Keras.
+
+        A subclass that hands `**kwargs` on takes those of its base, too.
+        """
+        names = {}
+        for each in cls.__mro__[: cls.__mro__.index(DecoderBackbone)]:
+            if "__init__" not in vars(each):
+                continue
+            parameters = inspect.signature(each.__init__).parameters.values()
+            names |= {
+                parameter.name: None
+                for parameter in parameters
+                if parameter.kind not in VARIADIC
+                and parameter.name not in ("self", "dtype")
+            }
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+        return list(names)
 
     @classmethod
     def check_keywords(cls, caller: str, config: Mapping[str, Any]) -> None:

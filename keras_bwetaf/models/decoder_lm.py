@@ -14,6 +14,7 @@ from keras_bwetaf.exchange.export import as_checkpoint
 from keras_bwetaf.exchange.optimizer_state import load_optimizer_state
 from keras_bwetaf.models.decoder import DecoderBackbone
 from keras_bwetaf.models.loading import (
+    is_left_to_keras_hub,
     load_backbone,
     load_preprocessor,
     warn_of_no_tokenizer,
@@ -72,6 +73,12 @@ class CausalLM(Trainer):
             preprocessor: `"auto"`, that of the preset; another; or `None`.
             **others: See `keras_bwetaf.from_preset`.
         """
+        if is_left_to_keras_hub(cls, preset):
+            if preprocessor != "auto":
+                config["preprocessor"] = preprocessor
+            return super().from_preset(
+                os.fspath(preset), load_weights, dtype=dtype, **config
+            )
         cls.backbone_cls.check_keywords("from_preset()", config)
         files = open_preset(preset, revision, load_weights)
         backbone = load_backbone(
@@ -175,7 +182,7 @@ class CausalLM(Trainer):
         """Goes on with the optimizer's state of a checkpoint.
 
         Load the weights of the same checkpoint with `from_preset`, compile
-        the model with `keras_bwetaf.training.recipes` or another AdamW, and
+        the model with `keras_bwetaf.recipe` or another AdamW, and
         then call this: `fit` continues at the step at which the checkpoint
         was saved, with the moments that it had. The optimizer's settings are
         not in a checkpoint.

@@ -1,9 +1,9 @@
 """What `fit`, `evaluate` and `predict` take, in a form that Keras takes.
 
 KerasHub knows data sets of `tf.data` and Grain, and takes whatever else there
-is for arrays, which it puts in a data set that can't be shuffled. So it is
-left out: what is tokenized here is for plain Keras. Only of a
-`grain.MapDataset` does KerasHub know more, the number of its batches.
+is for arrays, which it puts in a data set that can't be shuffled. So data are
+tokenized here and passed to plain Keras. Only Grain's `MapDataset` and
+`DataLoader` go through KerasHub, which knows the number of their batches.
 """
 
 import collections.abc

@@ -1,12 +1,12 @@
 """How a causal LM continues prompts: batches, streaming, stop strings."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Unpack, overload
 
 import keras_hub
 import numpy as np
 
-from keras_bwetaf.arguments import Sampling, Seed
+from keras_bwetaf.arguments import Sampling, Seed, TextDataset
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.generation.decoding import Decoder
 from keras_bwetaf.generation.generation import Generation
@@ -56,7 +56,7 @@ class Generator(keras_hub.models.CausalLM):
     @overload
     def generate(
         self,
-        inputs: Sequence[str],
+        inputs: Sequence[str] | np.ndarray,
         max_length: int | None = None,
         stop_token_ids: StopTokens = "auto",
         strip_prompt: bool = False,
@@ -71,7 +71,7 @@ class Generator(keras_hub.models.CausalLM):
     @overload
     def generate(
         self,
-        inputs: Mapping[str, Any],
+        inputs: dict[str, Any],
         max_length: int | None = None,
         stop_token_ids: StopTokens = "auto",
         strip_prompt: bool = False,
@@ -82,6 +82,21 @@ class Generator(keras_hub.models.CausalLM):
         seed: Seed | None = None,
         **sampling: Unpack[Sampling],
     ) -> dict[str, np.ndarray]: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: TextDataset,
+        max_length: int | None = None,
+        stop_token_ids: StopTokens = "auto",
+        strip_prompt: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        truncation: Literal["left"] | None = None,
+        seed: Seed | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> list[str] | dict[str, np.ndarray]: ...
 
     def generate(
         self,
@@ -134,8 +149,8 @@ class Generator(keras_hub.models.CausalLM):
 
         Raises:
             ValueError: If a prompt is empty, not a string or too long, an
-                argument is out of range, or there are `stop_strings` beside
-                such a preprocessor.
+                argument is out of range, or there are `stop_strings` or
+                `truncation` beside such a preprocessor.
 
         Example:
 
@@ -193,20 +208,28 @@ class Generator(keras_hub.models.CausalLM):
 
     def _generate_processed(self, texts, strip_prompt, stop_strings, options):
         """`generate` with a preprocessor that has methods of its own for it."""
-        if stop_strings:
+        if stop_strings or options["truncation"]:
             raise ValueError(
-                "`stop_strings` can't be used with a preprocessor that "
-                "overrides `generate_preprocess` or `generate_postprocess`: "
-                "its text is made at the end. Use `stop_token_ids`. Received: "
-                f"stop_strings={stop_strings}"
+                "`stop_strings` and `truncation` can't be used with a "
+                "preprocessor that overrides `generate_preprocess` or "
+                "`generate_postprocess`, which cuts prompts itself, and makes "
+                "the text at the end. Received: "
+                f"stop_strings={stop_strings}, "
+                f"truncation={options['truncation']!r}"
             )
+        context = self.backbone.max_sequence_length
         length = options["max_length"]
         if options["max_new_tokens"] is not None:
-            length = self.backbone.max_sequence_length
+            length = context
+        elif length is None:
+            length = min(self.preprocessor.sequence_length, context)
         inputs = self.preprocessor.generate_preprocess(
             texts, sequence_length=length
         )
-        inputs = {name: np.asarray(value) for name, value in inputs.items()}
+        inputs = {
+            name: np.asarray(inputs[name])
+            for name in ("token_ids", "padding_mask")
+        }
         outputs = self._generate_ids(inputs, strip_prompt, options)
         outputs["padding_mask"] = outputs["padding_mask"].astype("bool")
         return self.preprocessor.generate_postprocess(outputs)
@@ -220,7 +243,7 @@ class Generator(keras_hub.models.CausalLM):
         max_new_tokens: int | None = None,
         stop_strings: str | Sequence[str] | None = None,
         truncation: Literal["left"] | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
         tokens_per_dispatch: int = 8,
         **sampling: Unpack[Sampling],
     ) -> Iterator[str]:

@@ -3,12 +3,30 @@
 import contextlib
 import os
 import warnings
+from pathlib import Path
 
+import keras
 import keras_hub
 
-from converters.files import read_bytes
+from converters import keras_folder
+from converters.files import read_bytes, read_json
 from keras_bwetaf.exchange.weights import assign, check_changes
 from keras_bwetaf.layers.initializers import skip_initialization
+
+
+def is_left_to_keras_hub(cls, preset):
+    """Whether a class of the user's is to be loaded as KerasHub saved it.
+
+    Args:
+        cls: Class of a backbone or a causal LM.
+        preset: str or path.
+    """
+    path = Path(preset) / keras_folder.CONFIG
+    return (
+        not keras.saving.get_registered_name(cls).startswith("keras_bwetaf>")
+        and path.is_file()
+        and "registered_name" in read_json(path)
+    )
 
 
 def load_backbone(cls, files, load_weights, dtype, changes):
@@ -75,14 +93,15 @@ def load_preprocessor(cls, files, **options):
         As `load_tokenizer`.
     """
     _check_tokenizer(files)
+    if not (files.folder / keras_folder.PREPROCESSOR).is_file():
+        length = {"sequence_length": files.config["max_sequence_length"]}
+        options = {**length, **options}
     if files.layout.name == "keras":
         files.layout.read_documents(files.folder)
         return _from_keras(
             keras_hub.models.CausalLMPreprocessor, cls, files, **options
         )
-    tokenizer = load_tokenizer(cls.tokenizer_cls, files)
-    length = {"sequence_length": files.config["max_sequence_length"]}
-    return cls(tokenizer, **{**length, **options})
+    return cls(load_tokenizer(cls.tokenizer_cls, files), **options)
 
 
 def load_tokenizer(cls, files, **options):

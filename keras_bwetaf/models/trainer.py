@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_bwetaf.arguments import CompileOptions, FitOptions, Remat
 from keras_bwetaf.checks import positive_int
-from keras_bwetaf.data.tracking import track
+from keras_bwetaf.data.tracking import tracked, untracked
 from keras_bwetaf.generation.sampling import BwETAFSampler, from_keras_hub
 from keras_bwetaf.models import fit_data
 from keras_bwetaf.models.compile_arguments import CompileArguments
@@ -22,9 +22,12 @@ from keras_bwetaf.step.optimizer_checks import (
     check_accumulation,
     check_callbacks,
     check_variables,
+    flat_callbacks,
     start_averages,
 )
 from keras_bwetaf.step.trainer_state import TrainerState, running
+
+Callback = keras.callbacks.Callback | keras.callbacks.CallbackList
 
 
 # A chain of classes, since Keras can't make a functional model of a class that
@@ -191,9 +194,7 @@ class Trainer(Generator):
         validation_data: Any = None,
         validation_split: float | None = None,
         *,
-        callbacks: Sequence[keras.callbacks.Callback]
-        | keras.callbacks.Callback
-        | None = None,
+        callbacks: Sequence[Any] | Callback | None = None,
         shuffle: bool | None = None,
         class_weight: None = None,
         **kwargs: Unpack[FitOptions],
@@ -220,7 +221,7 @@ class Trainer(Generator):
                 of their step, pass `keras_bwetaf.data.track` of it.
             y: int array `(rows, length)`, or `None`. The tokens to predict
                 instead of the next one of the row; negative ones are
-                ignored. Beside strings there are none.
+                ignored. Not allowed with strings.
             batch_size: int, of strings or arrays. Defaults to 32.
             sample_weight: float array `(rows,)` or, beside arrays, `(rows,
                 length)`. How much a row or a prediction counts.
@@ -231,7 +232,8 @@ class Trainer(Generator):
             callbacks: list. With a `keras_bwetaf.training.TrainingCheckpoint`
                 among them, training goes on from the latest checkpoint. A
                 callback with a method `on_step_values` gets the values of
-                each step: see `keras_bwetaf.step.train_step`.
+                each step, if the loss and metrics are the default ones: see
+                `keras_bwetaf.step.train_step`.
             shuffle: bool. Whether strings and arrays come in a new order in
                 each epoch, and the batches of a `PyDataset`. It depends on
                 `keras.utils.set_random_seed`. Defaults to `True`. Other
@@ -261,13 +263,13 @@ class Trainer(Generator):
                 (x, y, sample_weight), validation_split
             )
         is_for_keras_hub = fit_data.is_for_keras_hub(x)
-        batches = track(x)
+        batches = tracked(x)
         arguments = fit_data.for_fit(
             self,
             x if batches is None else batches,
             y,
             sample_weight,
-            validation_data,
+            untracked(validation_data),
             batch_size=batch_size,
             shuffle=shuffle,
             **kwargs,
@@ -281,7 +283,7 @@ class Trainer(Generator):
 
     def _fit(self, fit, batches, callbacks, arguments):
         """Calls Keras's `fit`, or lets the callback do so that drives it."""
-        flat = keras.tree.flatten(callbacks)
+        flat = flat_callbacks(callbacks)
         for callback in flat:
             if hasattr(callback, "set_train_batches"):
                 callback.set_train_batches(batches)
@@ -290,15 +292,19 @@ class Trainer(Generator):
             for callback in flat:
                 if hasattr(callback, "drive_fit"):
                     return callback.drive_fit(
-                        fit, self, batches, callbacks=callbacks, **arguments
+                        fit, self, batches, callbacks=flat, **arguments
                     )
             return fit(callbacks=callbacks, **arguments)
         finally:
             self._listen([])
 
     def _listen(self, listeners):
-        """From now on, steps report their values to these callbacks."""
-        if listeners and not self._reports_steps:
+        """From now on, steps report their values to these callbacks.
+
+        Only steps with the default loss and metrics have such values.
+        """
+        can_report = self.compiled and self.fuses_head_and_loss
+        if listeners and can_report and not self._reports_steps:
             self._reports_steps = True
             self.train_function = None  # It has to be compiled again.
         self._step_listeners = listeners
@@ -313,7 +319,7 @@ class Trainer(Generator):
         **kwargs: Any,
     ) -> Any:
         """Means over tokens. See `keras.Model.evaluate`, and `fit`."""
-        evaluate = super().evaluate
+        evaluate, x = super().evaluate, untracked(x)
         is_within_fit = kwargs.get("_use_cached_eval_dataset", False)
         if not is_within_fit and not fit_data.is_for_keras_hub(x):
             evaluate = functools.partial(keras.Model.evaluate, self)
@@ -330,6 +336,7 @@ class Trainer(Generator):
         self, x: Any = None, batch_size: int | None = None, **kwargs: Any
     ) -> np.ndarray:
         """Logits. See `keras.Model.predict`, and `fit`."""
+        x = untracked(x)
         predict, data = super().predict, x
         if not fit_data.is_for_keras_hub(x):
             predict = functools.partial(keras.Model.predict, self)

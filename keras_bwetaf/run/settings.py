@@ -24,7 +24,7 @@ def _setting(*default, help, least=None, choices=None):
         choices: tuple of str. The only values, or `None`.
     """
     metadata = {"help": help, "least": least, "choices": choices}
-    # A tuple, so that None can be a default and nothing can be none.
+    # A tuple, to tell the default None from no default.
     if default in (({},), ([],)):
         factory = type(default[0])
         return dataclasses.field(default_factory=factory, metadata=metadata)

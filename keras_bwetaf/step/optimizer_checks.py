@@ -8,6 +8,22 @@ LEARNING_RATE_CALLBACKS = (
 )
 
 
+def flat_callbacks(callbacks):
+    """What `fit` takes as `callbacks`, as a list without doubles.
+
+    Args:
+        callbacks: list of callbacks, one of them, a
+            `keras.callbacks.CallbackList`, or `None`. May be nested.
+    """
+    flat = {}
+    for each in keras.tree.flatten(callbacks):
+        if isinstance(each, keras.callbacks.CallbackList):
+            flat |= dict.fromkeys(each.callbacks)
+        elif each is not None:
+            flat[each] = None
+    return list(flat)
+
+
 def check_accumulation(optimizer):
     """Checks that the optimizer leaves accumulation to the model.
 
@@ -42,7 +58,7 @@ def check_callbacks(optimizer, callbacks):
         schedule, keras.optimizers.schedules.LearningRateSchedule
     ):
         return
-    for callback in keras.tree.flatten(callbacks):
+    for callback in flat_callbacks(callbacks):
         if isinstance(callback, LEARNING_RATE_CALLBACKS):
             raise ValueError(
                 f"`{type(callback).__name__}` can't set the learning rate, "
@@ -56,10 +72,11 @@ def check_callbacks(optimizer, callbacks):
 
 
 def start_averages(optimizer):
-    """Begins moving averages of weights, before the first step, with these.
+    """Sets the moving averages of weights to the weights, before any step.
 
-    Keras begins with zeros, and makes these the weights if `fit` ends before
-    the first step. From that on, there is no difference.
+    Keras starts them at zero. If `fit` ended before the first step, it would
+    overwrite the weights with zeros. After the first step, the result is the
+    same.
 
     Args:
         optimizer: `keras.optimizers.Optimizer`, or `None`.

@@ -309,7 +309,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._batches = batches
         self._steps_per_epoch = steps_per_epoch
         self._step, self._epoch, self._step_in_epoch = 0, initial_epoch, 0
-        # Keras's own comes of a `fit` before.
+        # It may still be True from an earlier `fit`.
         model.stop_training = False
         with self._catch_signals(), self._open_store(create=True) as store:
             self._optimizer = optimizer_settings(model.optimizer)
@@ -373,8 +373,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 "`TrainingCheckpoint` needs data whose position can be saved, "
                 "and `steps_per_epoch`. Pass a `grain.IterDataset`, such as "
                 "`load_packed` returns. Received: steps_per_epoch="
-                f"{steps_per_epoch}, data that is "
-                f"{'another' if batches is None else 'such'} one"
+                f"{steps_per_epoch}, data that "
+                f"{'can not' if batches is None else 'can'} be read again"
             )
         if model.steps_per_execution != 1:
             raise ValueError(

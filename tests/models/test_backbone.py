@@ -176,3 +176,27 @@ def test_numbers(changes):
     (name,) = changes
     with pytest.raises(ValueError, match=f"`{name}` .*Received: {name}="):
         BwETAFBackbone(**{**TINY, **changes})
+
+
+class Derived(BwETAFBackbone):
+    """As users derive theirs: with an argument more."""
+
+    def __init__(self, *args, note="none", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.note = note
+
+    def get_config(self):
+        return {**super().get_config(), "note": self.note}
+
+
+def test_a_derived_class_keeps_the_configuration(tmp_path):
+    assert set(Derived.config_names()) == {
+        *BwETAFBackbone.config_names(),
+        "note",
+    }
+    backbone = Derived(**TINY, note="mine")
+    again = Derived.from_config(backbone.get_config())
+    assert again.get_config() == backbone.get_config()
+    assert again.note == "mine"
+    changed = Derived.from_preset("tiny", load_weights=False, dropout=0.25)
+    assert changed.dropout == 0.25

@@ -133,7 +133,11 @@ def test_its_methods_are_used(shouting):
 
 
 def test_what_cannot_be_with_them(shouting):
-    with pytest.raises(ValueError, match="`stop_strings` can't be used.*Rece"):
+    with pytest.raises(
+        ValueError, match="`stop_strings` and `truncation` can't"
+    ):
         shouting.generate("Once", stop_strings=".")
+    with pytest.raises(ValueError, match="Received: .*truncation='left'"):
+        shouting.generate("Once", truncation="left")
     with pytest.raises(ValueError, match="`stream` can't use.*Shouting"):
         shouting.stream("Once")

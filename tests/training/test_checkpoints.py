@@ -807,6 +807,32 @@ def test_numbers_of_batches(folder, lm):
         batches.batch(4)
 
 
+def test_each_fit_begins_anew(folder, lm):
+    """Also after an evaluation, which counts no batches."""
+    data = read_rows(folder / "rows.npy", seed=3)
+    batches = track(data)
+    assert track(batches) is batches
+    first = next(iter(data))["token_ids"]
+    for _ in range(2):
+        lm.fit(
+            batches,
+            steps_per_epoch=2,
+            verbose=0,
+            validation_data=batches,
+            validation_steps=1,
+        )
+        np.testing.assert_array_equal(batches.batch(0)["token_ids"], first)
+        assert batches.first_number == 0
+    finite = track(read_rows(folder / "rows.npy", repeat=False))
+    lm.evaluate(finite, verbose=0)
+    assert finite.first_number == 0 and not finite.was_read(0)
+
+
+def test_what_has_no_numbers():
+    with pytest.raises(ValueError, match="Only batches.*of type list"):
+        track(["a text"])
+
+
 def test_numbers_go_on_when_the_data_begins_anew(folder):
     data = read_rows(folder / "rows.npy", seed=3, repeat=False)
     batches = TrackedBatches(data)

@@ -32,7 +32,7 @@ from keras_bwetaf.training.statistics import (
     smooth,
 )
 from tests import original
-from tests.models.test_fit import make_lm, uneven
+from tests.models.test_fit import OF_KERAS, make_lm, uneven
 
 BATCH_SIZE = 4
 TIMES = ("seconds", "total time", "compile time", "tokens per second")
@@ -166,6 +166,28 @@ def test_watching_changes_nothing(lm):
     assert set(logs) == {"loss", "accuracy", "perplexity"}
     fit(lm, x)
     assert listener.values is first  # Only while its own `fit` runs.
+
+
+def test_callbacks_in_a_list_of_keras(lm):
+    """Each callback hears of a step once, however often it is there."""
+    listener = Listener()
+    listener.on_step_values = mock.Mock()
+    nested = keras.callbacks.CallbackList(
+        [listener, Monitor()], add_history=True, model=lm
+    )
+    lm.fit(rows(2), batch_size=BATCH_SIZE, verbose=0, callbacks=nested)
+    assert listener.on_step_values.call_count == 2
+    fit(lm, rows(1), callbacks=[listener, listener])
+    assert listener.on_step_values.call_count == 3
+
+
+def test_a_refused_monitor_leaves_the_model_as_it_was():
+    lm, x, listener = make_lm(loss=OF_KERAS), rows(1), Listener()
+    y = np.roll(x["token_ids"], -1, axis=1)
+    with pytest.raises(ValueError, match="compiled with the default loss"):
+        fit(lm, x, y=y, callbacks=[Monitor()])
+    fit(lm, x, y=y, callbacks=[listener])
+    assert listener.values is None
 
 
 def test_no_step_is_waited_for(lm):

@@ -25,9 +25,11 @@ optimizer = keras_bwetaf.recipe("small", total_steps=100, warmup=0.1)
 lm.compile(optimizer, remat=["none", "full"], steps_per_execution=1)
 lm.compile(sampler=keras_bwetaf.BwETAFSampler(top_p=0.9), jit_compile=True)
 
-report = pack(["a text"], "packed", None, validation_fraction=0.1)
+tokenizer = keras_bwetaf.BwETAFTokenizer.from_preset("tiny")
+report = pack(["a text"], "packed", tokenizer, validation_fraction=0.1)
 documents = read_documents("corpus/*.txt", errors="replace")
-train = load_packed({"packed": 0.5}, sequence_length=64, batch_size=2)
+mixture = {"packed": 0.5}
+train = load_packed(mixture, sequence_length=64, batch_size=2)
 history = lm.fit(
     train,
     epochs=2,

@@ -39,7 +39,9 @@ keras_bwetaf.train("run", data="a.txt", steps=10, remat="some")  # error
 keras_bwetaf.train("run", data="a", steps=1, model={"layers": 1})  # error
 keras_bwetaf.train_tokenizer(["a text"], "many")  # error
 
-pack(["a text"], "packed", None, validation_fraction="a tenth")  # error
+tokenizer = keras_bwetaf.BwETAFTokenizer.from_preset("tiny")
+pack(["a text"], "packed", tokenizer, validation_fraction="a tenth")  # error
+pack(["a text"], "packed", "tiny")  # error
 read_documents("corpus", errors="ignore")  # error
 load_packed("packed", sequence_length="64", batch_size=2)  # error
 Monitor("run", total_step=10)  # error
