@@ -392,12 +392,14 @@ def test_options_of_train(tmp_path, run, monkeypatch):
 def test_a_second_interrupt_ends_what_never_looks():
     """As when XLA compiles: the main thread runs no Python meanwhile."""
     code = (
-        "import hashlib, signal\n"
+        "import hashlib, signal, threading\n"
         "from keras_bwetaf import cli\n"
         # It may be ignored where the tests run, as in the background.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with cli._second_interrupt_exits():\n"
-        "    print('busy', flush=True)\n"
+        # Once the main thread is in there.
+        "    tell = lambda: print('busy', flush=True)\n"
+        "    threading.Timer(1.0, tell).start()\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
     )
     with subprocess.Popen(
