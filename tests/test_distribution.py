@@ -378,7 +378,11 @@ def expected_odd():
     [
         pytest.param("fully sharded 8", {}, marks=pytest.mark.slow),
         pytest.param("model 2", {"remat": "attention"}, marks=pytest.mark.slow),
-        ("model 4", {"gradient_accumulation_steps": 2}),
+        pytest.param(
+            "model 4",
+            {"gradient_accumulation_steps": 2},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "model 2, fully sharded",
             {"remat": "full", "gradient_accumulation_steps": 2},
@@ -690,8 +694,9 @@ def expected_lora():
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("data 8", marks=pytest.mark.slow), "model 2, fully sharded"],
+    ["data 8", "model 2, fully sharded"],
 )
+@pytest.mark.slow
 def test_lora(name, expected_lora):
     losses, gradients = expected_lora
     assert len(gradients) == 2 * len(ALL_LAYERS)

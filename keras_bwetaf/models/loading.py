@@ -21,12 +21,10 @@ def is_left_to_keras_hub(cls, preset):
         cls: Class of a backbone or a causal LM.
         preset: str or path.
     """
+    if keras.saving.get_registered_name(cls).startswith("keras_bwetaf>"):
+        return False
     path = Path(preset) / keras_folder.CONFIG
-    return (
-        not keras.saving.get_registered_name(cls).startswith("keras_bwetaf>")
-        and path.is_file()
-        and "registered_name" in read_json(path)
-    )
+    return path.is_file() and "registered_name" in read_json(path)
 
 
 def load_backbone(cls, files, load_weights, dtype, changes):

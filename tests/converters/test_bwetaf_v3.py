@@ -48,6 +48,7 @@ def test_views_cover_every_element_of_flax_once(changes):
     assert all((seen == 1).all() for seen in trees.values())
 
 
+@pytest.mark.slow
 def test_flax_shapes_are_the_originals():
     config = {**CARD, **ODD, "max_len": 64}
     params = manager(**config).params["params"]

@@ -264,6 +264,7 @@ def test_problems_of_the_optimizer_are_all_listed(copy, tmp_path):
         assert text in str(error.value)
 
 
+@pytest.mark.slow
 def test_quantized_preset(tiny, tmp_path):
     lm = keras_bwetaf.from_preset(tiny["flax"])
     with warnings.catch_warnings():

@@ -220,9 +220,8 @@ def test_logits_of_a_trained_model_are_those_of_keras(trained, trained_folder):
     assert relative_l2(logits(trained, token_ids), expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "rope_dtype", [pytest.param(None, marks=pytest.mark.slow), "float32"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rope_dtype", [None, "float32"])
 def test_bfloat16_logits_are_as_good_as_those_of_keras(make_folder, rope_dtype):
     """Both are compared with the model in float64, with rounded angles.
 

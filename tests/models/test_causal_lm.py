@@ -86,7 +86,7 @@ def check_parity(manager, **port_changes):
     "name",
     [
         name
-        if name in ("heads per layer", "odd key width")
+        if name == "heads per layer"
         else pytest.param(name, marks=pytest.mark.slow)
         for name in CONFIGURATIONS
     ],
