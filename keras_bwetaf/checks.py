@@ -8,11 +8,13 @@ import numpy as np
 
 def is_int(value):
     """Whether a value is an int, of Python, NumPy or JAX, and no bool."""
+    if isinstance(value, bool | np.bool_):
+        return False
     try:
         operator.index(value)
     except TypeError:
         return False
-    return not isinstance(value, bool)
+    return True
 
 
 def is_number(value):
