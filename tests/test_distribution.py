@@ -373,20 +373,16 @@ def expected_odd():
     return lm.predict(x, batch_size=8, verbose=0), *train(lm, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        pytest.param("fully sharded 8", {}, marks=pytest.mark.slow),
-        pytest.param("model 2", {"remat": "attention"}, marks=pytest.mark.slow),
-        pytest.param(
-            "model 4",
-            {"gradient_accumulation_steps": 2},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
+        ("fully sharded 8", {}),
+        ("model 2", {"remat": "attention"}),
+        ("model 4", {"gradient_accumulation_steps": 2}),
+        (
             "model 2, fully sharded",
             {"remat": "full", "gradient_accumulation_steps": 2},
-            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -692,11 +688,8 @@ def expected_lora():
     return train(make_lora_lm(), batch(CARD["vocabulary_size"]), 2)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["data 8", "model 2, fully sharded"],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["data 8", "model 2, fully sharded"])
 def test_lora(name, expected_lora):
     losses, gradients = expected_lora
     assert len(gradients) == 2 * len(ALL_LAYERS)

@@ -38,17 +38,14 @@ def track(data: Any) -> Any:
 
 
 def tracked(data):
-    """`TrackedBatches` of the data, at their beginning, or None."""
+    """`TrackedBatches` of the data, or None if they can't be numbered."""
     grain = sys.modules.get("grain")
     if grain is None or not isinstance(data, grain.IterDataset):
         return None
     # Grain is optional, and slow to import.
     from keras_bwetaf.data.tracked_batches import TrackedBatches
 
-    if isinstance(data, TrackedBatches):
-        data.restart()
-        return data
-    return TrackedBatches(data)
+    return data if isinstance(data, TrackedBatches) else TrackedBatches(data)
 
 
 def untracked(data):

@@ -264,6 +264,8 @@ class Trainer(Generator):
             )
         is_for_keras_hub = fit_data.is_for_keras_hub(x)
         batches = tracked(x)
+        if batches is not None:
+            batches.restart()  # Those of an earlier `fit` are over.
         arguments = fit_data.for_fit(
             self,
             x if batches is None else batches,
