@@ -50,6 +50,7 @@ class Decoder:
         self._sampler = lm.sampler
         self._prefill = jax.jit(self._prefill_step, static_argnums=1)
         self._decode = jax.jit(self._decode_steps, donate_argnums=1)
+        self._keep_rows = jax.jit(_of_rows)
 
     def prefill(self, num_slots, token_ids, state, settings):
         """Reads all prompts in one pass and chooses the first new token.
@@ -77,7 +78,7 @@ class Decoder:
         self._keep(random_state)
         return state
 
-    def decode(self, state, settings, num_steps):
+    def decode(self, state, settings, num_steps, fewest=0):
         """Makes up to `num_steps` more tokens in one dispatch.
 
         Args:
@@ -85,6 +86,7 @@ class Decoder:
                 afterwards.
             settings: As for `prefill`.
             num_steps: int.
+            fewest: int. Stops when no more rows than these are unfinished.
 
         Returns:
             `GenerationState`.
@@ -94,10 +96,24 @@ class Decoder:
             state,
             settings,
             np.int32(num_steps),
+            np.int32(fewest),
             self._random_state(),
         )
         self._keep(random_state)
         return state
+
+    def keep_rows(self, state, rows):
+        """The state of some rows of a batch.
+
+        Args:
+            state: `GenerationState`.
+            rows: int32 numpy array. The batch must be a multiple of
+                `num_row_groups()`.
+
+        Returns:
+            `GenerationState`.
+        """
+        return self._keep_rows(state, by_row(rows))
 
     def _random_state(self):
         """Values of the variables of a sampler of the user's own."""
@@ -128,7 +144,7 @@ class Decoder:
         with self._weights(values):
             hidden_states, cache = backbone.hidden_states(
                 token_ids,
-                cache=backbone.make_cache(batch_size, prompt_slots),
+                cache=backbone.make_cache(batch_size, num_slots),
                 cache_index=0,
                 positions=jnp.broadcast_to(
                     jnp.arange(prompt_slots), token_ids.shape
@@ -140,14 +156,10 @@ class Decoder:
             )  # (batch, 1, hidden_dim)
             logits = backbone.head(last)[:, 0]  # (batch, vocabulary)
 
-        more_slots = num_slots - prompt_slots
         seen = jnp.zeros((batch_size, backbone.vocabulary_size), "bool")
         rows = jnp.arange(batch_size)[:, None]
         state = GenerationState(
-            cache=jax.tree.map(
-                lambda x: jnp.pad(x, ((0, 0), (0, more_slots), (0, 0))),
-                cache,
-            ),
+            cache=cache,
             prompt_slots=jnp.int32(prompt_slots),
             tokens=jnp.zeros((batch_size, num_slots), "int32"),
             num_tokens=jnp.int32(0),
@@ -157,13 +169,16 @@ class Decoder:
         )
         return _readable(self._add_token(state, logits, settings, random_state))
 
-    def _decode_steps(self, values, state, settings, num_steps, random_state):
+    def _decode_steps(
+        self, values, state, settings, num_steps, fewest, random_state
+    ):
         backbone = self._lm.backbone
         last = state.num_tokens + num_steps
 
         def more(loop):
             state, _ = loop
-            return (state.num_tokens < last) & ~jnp.all(state.done)
+            num_unfinished = jnp.sum(~state.done)
+            return (state.num_tokens < last) & (num_unfinished > fewest)
 
         def step(loop):
             state, random_state = loop
@@ -220,6 +235,24 @@ class Decoder:
             token = sampler.get_next_token(probabilities)
         random_state = [scope.get_current_value(v) for v in sampler.variables]
         return token.astype("int32"), random_state
+
+
+def _of_rows(state, rows):
+    """The state of some rows of a batch: see `Decoder.keep_rows`."""
+    batch_size = len(state.done)
+
+    def with_heads(x):  # (batch * heads, ...), as `make_cache` says
+        x = jnp.reshape(x, (batch_size, -1, *x.shape[1:]))[rows]
+        return jnp.reshape(x, (-1, *x.shape[2:]))
+
+    return state._replace(
+        cache=jax.tree.map(with_heads, state.cache),
+        prompt_lengths=state.prompt_lengths[rows],
+        limits=state.limits[rows],
+        tokens=replicated(state.tokens[rows]),
+        done=state.done[rows],
+        seen=state.seen[rows],
+    )
 
 
 def _readable(state_and_random_state):

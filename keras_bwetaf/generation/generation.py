@@ -5,6 +5,9 @@ import numpy as np
 from keras_bwetaf.layers.sharding import num_row_groups
 
 SMALLEST_BUCKET = 64
+# Rows that have ended leave a batch when so many times fewer remain: each
+# size of batch is a program of its own, which takes seconds to compile.
+COMPACTION = 4
 
 
 def bucket(size, smallest=SMALLEST_BUCKET):
@@ -15,6 +18,21 @@ def bucket(size, smallest=SMALLEST_BUCKET):
     while smallest < size:
         smallest *= 2
     return smallest
+
+
+def prompt_bucket(size):
+    """Like `bucket`, with one step more between two doublings: 64, 96, 128."""
+    doubled = bucket(size)
+    between = doubled * 3 // 4
+    return between if SMALLEST_BUCKET < doubled and size <= between else doubled
+
+
+def shorter_prompts(size):
+    """The longest prompt of the next smaller `prompt_bucket`, or 0."""
+    size = prompt_bucket(size)
+    if size == SMALLEST_BUCKET:
+        return 0
+    return size * 3 // 4 if bucket(size) == size else size * 2 // 3
 
 
 def cache_bucket(size):
@@ -70,18 +88,51 @@ class Generation:
         # The batch is padded to a bucket with rows that make no tokens.
         num_padding = bucket(num_rows, num_row_groups()) - num_rows
         state, settings = self._prefill(num_padding)
+        rows = np.pad(np.arange(num_rows), (0, num_padding), constant_values=-1)
         num_steps = min(tokens_per_dispatch, self._request.longest)
         num_shown = 0
         while True:
             num_tokens = int(state.num_tokens)
-            yield self._fresh(state.tokens, num_shown, num_tokens)
+            yield self._fresh(rows, state.tokens, num_shown, num_tokens)
             num_shown = num_tokens
             if self.finished.all():
                 return
-            done = np.pad(self.finished, (0, num_padding), constant_values=True)
+            # A sampler of the user's own may draw for the batch as a whole.
+            if settings is not None:
+                rows, state, settings = self._compacted(rows, state, settings)
+            done = (rows < 0) | self.finished[rows]
             state = self._decoder.decode(
-                state._replace(done=done), settings, num_steps
+                state._replace(done=done),
+                settings,
+                num_steps,
+                fewest=0 if settings is None else self._fewest(len(rows)),
             )
+
+    def _fewest(self, num_rows):
+        """A batch of as many unfinished rows, or fewer, is to be compacted."""
+        smaller = num_rows // COMPACTION
+        return smaller if smaller >= num_row_groups() else 0
+
+    def _compacted(self, rows, state, settings):
+        """Without the rows that have ended, if few enough remain.
+
+        Args:
+            rows: int numpy array `(batch,)`. The request's row that each row
+                of the batch is, -1 for padding.
+            state: `GenerationState`.
+            settings: `SamplingSettings`.
+
+        Returns:
+            Tuple of the three, for a batch that may be smaller.
+        """
+        (kept,) = np.nonzero((rows >= 0) & ~self.finished[rows])
+        if len(kept) > self._fewest(len(rows)):
+            return rows, state, settings
+        num_padding = bucket(len(kept), num_row_groups()) - len(kept)
+        rows = np.pad(rows[kept], (0, num_padding), constant_values=-1)
+        kept = np.pad(kept, (0, num_padding), mode="edge").astype("int32")
+        settings = settings._replace(seeds=settings.seeds[kept])
+        return rows, self._decoder.keep_rows(state, kept), settings
 
     def _prefill(self, num_padding):
         """The state after the prompts, and the settings of all rows."""
@@ -93,12 +144,13 @@ class Generation:
             settings = settings._replace(seeds=seeds)
 
         lengths = np.array([len(prompt) for prompt in prompts], "int32")
-        token_ids = np.zeros((len(prompts), bucket(lengths.max())), "int32")
+        num_slots = prompt_bucket(lengths.max())
+        token_ids = np.zeros((len(prompts), num_slots), "int32")
         for row, prompt in zip(token_ids, prompts, strict=True):
             row[: len(prompt)] = prompt
         num_unused = bucket(len(stop_token_ids), 8) - len(stop_token_ids)
         state = self._decoder.prefill(
-            cache_bucket(token_ids.shape[1] + longest),
+            cache_bucket(num_slots + longest),
             token_ids,
             {
                 "prompt_lengths": lengths,
@@ -111,18 +163,20 @@ class Generation:
         )
         return state, settings
 
-    def _fresh(self, tokens, start, stop):
+    def _fresh(self, rows, tokens, start, stop):
         """The tokens `start` to `stop` of each row, up to its end."""
-        limits = np.array(self._request.limits)
-        tokens = np.asarray(tokens)[: len(self.finished), start:stop]
-        fresh = []
-        for i, row in enumerate(tokens.tolist()):
-            row = [] if self.finished[i] else row[: limits[i] - start]
+        limits = self._request.limits
+        fresh = [[] for _ in limits]
+        tokens = np.asarray(tokens)[:, start:stop].tolist()
+        for i, row in zip(rows.tolist(), tokens, strict=True):
+            if i < 0 or self.finished[i]:
+                continue
+            row = row[: limits[i] - start]
             for end, token in enumerate(row, start=1):
                 if token in self._request.stop_token_ids:
                     row = row[:end]
                     self.finished[i] = True
                     break
-            fresh.append(row)
-        self.finished |= limits <= stop
+            fresh[i] = row
+        self.finished |= np.array(limits) <= stop
         return fresh

@@ -5,9 +5,17 @@ import operator
 from typing import NamedTuple
 
 import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from keras_bwetaf.checks import checked_seed, is_int
-from keras_bwetaf.generation.generation import SMALLEST_BUCKET, bucket
+from keras_bwetaf.generation.generation import shorter_prompts
 from keras_bwetaf.generation.sampling import BwETAFSampler, SamplingSettings
 
 TRUNCATIONS = (None, "left")
@@ -21,6 +29,24 @@ class Request(NamedTuple):
     longest: int  # the most new tokens, whatever the prompts in their buckets
     stop_token_ids: list
     settings: SamplingSettings | None  # `None`: the sampler is the user's own
+
+    def of_rows(self, rows):
+        """The request of some of the rows.
+
+        Args:
+            rows: list of int.
+
+        Returns:
+            `Request`.
+        """
+        settings = self.settings
+        if settings is not None:
+            settings = settings._replace(seeds=settings.seeds[rows])
+        return self._replace(
+            prompts=[self.prompts[i] for i in rows],
+            limits=[self.limits[i] for i in rows],
+            settings=settings,
+        )
 
 
 def make_request(
@@ -69,6 +95,41 @@ def make_request(
         _as_stop_token_ids(lm, stop_token_ids),
         _sampling_settings(lm.sampler, sampling, seed, len(prompts)),
     )
+
+
+def batches_of(request, batch_size):
+    """Takes a request apart, and shows how far its batches are.
+
+    More than one batch have prompts of similar lengths each, the longest
+    first: if there is memory for these, there is for all.
+
+    Args:
+        request: `Request`.
+        batch_size: int. The most rows of a batch.
+
+    Yields:
+        Tuple of the rows, a list of int, and the `Request` of them.
+    """
+    rows = list(range(len(request.prompts)))
+    if len(rows) <= batch_size:
+        yield rows, request
+        return
+    rows.sort(key=lambda i: -len(request.prompts[i]))
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("Generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (console.is_terminal or console.is_jupyter),
+    )
+    with progress:
+        task = progress.add_task("", total=len(rows))
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            yield batch, request.of_rows(batch)
+            progress.advance(task, len(batch))
 
 
 def _check_prompts(prompts, vocabulary_size):
@@ -131,8 +192,7 @@ def fit_to_context(prompts, *, context, max_new_tokens, max_length, truncation):
                 "`truncation='left'` to drop its oldest tokens."
             )
     limits = [max_new_tokens or max_length - len(row) for row in prompts]
-    shortest = min(map(len, prompts))
-    shortest = bucket(shortest) // 2 if shortest > SMALLEST_BUCKET else 1
+    shortest = shorter_prompts(min(map(len, prompts))) + 1
     return prompts, limits, max_new_tokens or max_length - shortest
 
 

@@ -15,6 +15,9 @@ from keras_bwetaf.checks import checked_number, checked_seed
 GENERATOR = "threefry2x32"
 SMALLEST = float(np.finfo("float32").tiny)
 LARGEST = float(np.finfo("float32").max)
+BELOW_ONE = 1 - float(np.finfo("float32").eps)
+# The square root of a vocabulary of 16,384.
+DRAWN_BLOCK = 128
 
 
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
@@ -198,17 +201,64 @@ def next_token(logits, seen, positions, settings):
         below_best = logits - jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(below_best / settings.temperature)
         kept = filter_weights(weights, settings)
-
-        def draw(seed, position, row):
-            key = jax.random.key(seed, impl=GENERATOR)
-            key = jax.random.fold_in(key, position)
-            return jax.random.categorical(key, row)
-
-        with jax.threefry_partitionable(True):
-            return jax.vmap(draw)(settings.seeds, positions, jnp.log(kept))
+        return draw(kept, uniform(settings.seeds, positions))
 
     token = jax.lax.cond(settings.temperature > 0, sample, greedy)
     return token.astype("int32")
+
+
+def uniform(seeds, positions):
+    """A random number for each row.
+
+    Args:
+        seeds: uint32 array `(batch,)`.
+        positions: int array `(batch,)`.
+
+    Returns:
+        float32 array `(batch,)`, from 0 to 1, without 1.
+    """
+
+    def of_row(seed, position):
+        key = jax.random.key(seed, impl=GENERATOR)
+        return jax.random.uniform(jax.random.fold_in(key, position))
+
+    with jax.threefry_partitionable(True):
+        return jax.vmap(of_row)(seeds, positions)
+
+
+def draw(weights, shares):
+    """Draws a token of each row, with a probability in proportion to weights.
+
+    The token is the one at which the sum of the weights up to it exceeds a
+    share of the whole sum. Sums over the vocabulary cost most, so the block
+    of the token is found by the sums of blocks, and then the token in it.
+
+    Args:
+        weights: float32 array `(batch, vocabulary)`.
+        shares: float32 array `(batch,)`, from 0 to 1.
+
+    Returns:
+        int32 array `(batch,)`.
+    """
+    batch_size, vocabulary_size = weights.shape
+    padding = -vocabulary_size % DRAWN_BLOCK
+    blocks = jnp.pad(weights, ((0, 0), (0, padding)))
+    blocks = jnp.reshape(blocks, (batch_size, -1, DRAWN_BLOCK))
+    rows = jnp.arange(batch_size)
+
+    def find(weights, wanted):
+        """The first index at which sums exceed `wanted`, and what is left."""
+        sums = jnp.cumsum(weights, axis=-1)  # (batch, n)
+        # Rounding must not lead beyond the last weight.
+        wanted = jnp.minimum(wanted, sums[:, -1] * BELOW_ONE)
+        index = jnp.argmax(sums > wanted[:, None], axis=-1)
+        before = jnp.where(index > 0, sums[rows, index - 1], 0)
+        return index, wanted - before
+
+    sums = jnp.sum(blocks, axis=-1)  # (batch, n)
+    block, rest = find(sums, shares * jnp.sum(sums, axis=-1))
+    index, _ = find(blocks[rows, block], rest)
+    return (block * DRAWN_BLOCK + index).astype("int32")
 
 
 def filter_weights(weights, settings):

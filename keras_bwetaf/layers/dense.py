@@ -1,4 +1,6 @@
+import jax
 import keras
+from jax.typing import ArrayLike
 from keras import ops
 
 from keras_bwetaf.layers import initializers, low_rank
@@ -6,6 +8,42 @@ from keras_bwetaf.layers.sharding import (
     halves_from_shards,
     halves_to_shards,
 )
+
+# From twice as many rows on, XLA's own order is as fast.
+MOST_ROWS_AS_COLUMNS = 32
+
+
+def product(inputs: ArrayLike, kernel: ArrayLike) -> jax.Array:
+    """Multiplies vectors by a kernel of shape `(units, inputs)`.
+
+    A decode step has one token in each of a few rows. XLA's CPU backend
+    multiplies these up to twice as fast as columns, `kernel @ inputs.T`.
+
+    Args:
+        inputs: float tensor `(batch, length, inputs)`.
+        kernel: float tensor `(units, inputs)`.
+
+    Returns:
+        float tensor `(batch, length, units)`.
+    """
+
+    def by_rows(inputs, kernel):
+        # b = batch, t = length, i = inputs, u = units
+        return ops.einsum("bti,ui->btu", inputs, kernel)
+
+    def by_columns(inputs, kernel):
+        outputs = ops.matmul(kernel, ops.transpose(inputs[:, 0]))
+        # Without the barrier, XLA turns the product back.
+        outputs = jax.lax.optimization_barrier(outputs)  # (units, batch)
+        return ops.transpose(outputs)[:, None]
+
+    batch_size, length, _ = inputs.shape
+    is_decode_step = length == 1 and isinstance(batch_size, int)
+    if is_decode_step and 1 < batch_size <= MOST_ROWS_AS_COLUMNS:
+        return jax.lax.platform_dependent(
+            inputs, kernel, cpu=by_columns, default=by_rows
+        )
+    return by_rows(inputs, kernel)
 
 
 def dense(
@@ -34,7 +72,6 @@ def dense(
         `keras.layers.EinsumDense`, from `(batch, length, inputs)` to
         `(batch, length, units)`.
     """
-    # b = batch, t = length, i = inputs, u = units
     return _Dense(
         "bti,ui->btu",
         output_shape=(None, units),
@@ -69,7 +106,7 @@ class _Dense(keras.layers.EinsumDense):
 
         kernel = reordered(self._kernel, 0, 1)
         # (batch, length, units)
-        outputs = ops.einsum(self.equation, inputs, kernel)
+        outputs = product(inputs, kernel)
         if self.lora_enabled:
             # r = rank
             x = reordered(self.lora_kernel_b, input_axis=1)

@@ -10,6 +10,7 @@ from keras_bwetaf.layers import (
     FeedForward,
     GroupedQueryAttention,
     RotaryEmbedding,
+    TokenEmbedding,
     TransformerBlock,
     initializers,
 )
@@ -177,7 +178,7 @@ class BwETAFBackbone(DecoderBackbone):
 
 def _token_embedding(config, dtype):
     stddev = config.embedding_initializer_range or config.hidden_dim**-0.5
-    return keras.layers.ReversibleEmbedding(
+    return TokenEmbedding(
         config.vocabulary_size,
         config.hidden_dim,
         embeddings_initializer=initializers.normal(stddev),

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from keras_bwetaf.arguments import BackboneConfig, DType, PathLike
 from keras_bwetaf.checks import checked_number, is_number, positive_int
-from keras_bwetaf.layers import TransformerBlock
+from keras_bwetaf.layers import TokenEmbedding, TransformerBlock
 from keras_bwetaf.models.loading import is_left_to_keras_hub, load_backbone
 from keras_bwetaf.models.lora import LoraBackbone
 from keras_bwetaf.models.quantization import only_what_can_be
@@ -23,7 +23,8 @@ KERAS_KEYWORDS = ("name", "trainable")
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 SIZES = ("vocabulary_size", "intermediate_dim", "max_sequence_length")
 
-# (key, value), each `(batch * heads, slots, head_dim)`, for each layer.
+# (key, value) for each layer, `(batch * heads, head_dim, slots)` and
+# `(batch * heads, slots, head_dim)`.
 Cache = Sequence[tuple[jax.Array, jax.Array]]
 
 
@@ -36,7 +37,7 @@ class DecoderBackbone(LoraBackbone):
     with a cache.
 
     Args:
-        token_embedding: `keras.layers.ReversibleEmbedding`. The head, too.
+        token_embedding: `TokenEmbedding`. The head, too.
         transformer_layers: list of `TransformerBlock`.
         embedding_rotary: layer or `None`. Gives the embeddings positions;
             called as `RotaryEmbedding` is.
@@ -61,7 +62,7 @@ class DecoderBackbone(LoraBackbone):
     def __init__(
         self,
         *,
-        token_embedding: keras.layers.ReversibleEmbedding,
+        token_embedding: TokenEmbedding,
         transformer_layers: list[TransformerBlock],
         config: Mapping[str, Any],
         embedding_rotary: keras.layers.Layer | None = None,

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 
 from keras_bwetaf import BwETAFCausalLM
-from keras_bwetaf.generation.generation import bucket, cache_bucket
-from keras_bwetaf.generation.request import fit_to_context
+from keras_bwetaf.generation.generation import (
+    Generation,
+    bucket,
+    cache_bucket,
+    prompt_bucket,
+    shorter_prompts,
+)
+from keras_bwetaf.generation.request import fit_to_context, make_request
 from keras_bwetaf.generation.sampling import SamplingSettings
 from keras_bwetaf.generation.streaming import TextStream
 from tests import parity
@@ -260,14 +266,15 @@ def test_cache_is_no_larger_than_needed():
         _, _, longest = fit_to_context(
             [[1] * prompt], context=2048, truncation=None, **arguments
         )
-        return cache_bucket(bucket(prompt) + longest)
+        return cache_bucket(prompt_bucket(prompt) + longest)
 
     assert slots(32, max_new_tokens=256) == 320
     assert slots(2, max_length=2048) == 2560
-    assert slots(1100, max_length=2048) == 3072
+    assert slots(1100, max_length=2048) == 2560
     # Any prompt of the same bucket needs the same size.
     assert slots(2, max_length=2048) == slots(64, max_length=2048)
-    assert slots(1025, max_length=2048) == slots(2047, max_length=2048)
+    assert slots(1025, max_length=2048) == slots(1536, max_length=2048)
+    assert slots(1537, max_length=2048) == slots(2047, max_length=2048)
 
 
 def test_lengths(lm):
@@ -572,3 +579,62 @@ def test_wrong_token_ids(lm, inputs, arguments, message):
         bare.generate(inputs, **{"stop_token_ids": None, **arguments})
     with pytest.raises(ValueError, match="`stream` needs a tokenizer"):
         bare.stream("text")
+
+
+def test_prompt_buckets():
+    sizes = sorted({prompt_bucket(size) for size in range(1, 2049)})
+    assert sizes == [
+        *(64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048),
+    ]
+    for smaller, size in zip([0, *sizes], sizes, strict=False):
+        assert shorter_prompts(size) == smaller
+        assert shorter_prompts(smaller + 1) == smaller
+    assert all(size <= prompt_bucket(size) for size in range(1, 2049))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_rows_that_have_ended_leave_the_batch(lm, temperature, monkeypatch):
+    """The texts are those of each prompt alone; the batch gets smaller."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 300, n).tolist() for n in (5, 70, 3, 9, 20)]
+    limits = [70, 3, 5, 2, 4]
+    options = dict(
+        max_length=None,
+        max_new_tokens=70,
+        stop_token_ids=None,
+        truncation=None,
+        seed=[1, 2, 3, 4, 5],
+        sampling={"temperature": temperature},
+    )
+    request = make_request(lm, prompts, **options)._replace(limits=limits)
+    decoder = lm.make_generate_function()
+    sizes = []
+    decode = type(decoder).decode
+
+    def counted(self, state, *arguments, **keywords):
+        sizes.append(len(state.done))
+        return decode(self, state, *arguments, **keywords)
+
+    monkeypatch.setattr(type(decoder), "decode", counted)
+
+    def made(request):
+        rows = [[] for _ in request.prompts]
+        for fresh in Generation(decoder, request).run(64):
+            for row, tokens in zip(rows, fresh, strict=True):
+                row.extend(tokens)
+        return rows
+
+    together = made(request)
+    assert [len(row) for row in together] == limits
+    assert sizes == [8, 2, 2]
+    assert together == [made(request.of_rows([i]))[0] for i in range(5)]
+
+
+def test_a_long_list_goes_through_in_batches(lm, capsys):
+    texts = [PROMPT[: 3 + i % 7] for i in range(7)]
+    arguments = dict(max_new_tokens=9, seed=list(range(7)), stop_token_ids=None)
+    expected = lm.generate(texts, **arguments)
+    assert lm.generate(texts, batch_size=3, **arguments) == expected
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ValueError, match="`batch_size` must be"):
+        lm.generate(texts, batch_size=0, **arguments)

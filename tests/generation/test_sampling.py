@@ -10,6 +10,7 @@ import pytest
 from keras_bwetaf import BwETAFSampler
 from keras_bwetaf.generation.sampling import (
     SamplingSettings,
+    draw,
     filter_weights,
     from_keras_hub,
     next_token,
@@ -282,3 +283,26 @@ def test_samplers_that_need_more_than_probabilities(name):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         BwETAFSampler(**arguments)
+
+
+def test_tokens_are_drawn_in_proportion_to_weights():
+    """Shares of the whole sum, evenly spread, hit each token as often."""
+    vocabulary_size, num_draws = 300, 4096
+    weights = np.random.default_rng(0).exponential(size=vocabulary_size)
+    weights[[0, 7, 127, 128, 250, 299]] = 0
+    weights = np.float32(weights)
+    shares = np.float32((np.arange(num_draws) + 0.5) / num_draws)
+    tokens = draw(np.tile(weights, (num_draws, 1)), shares)
+    counts = np.bincount(tokens, minlength=vocabulary_size)
+    expected = num_draws * weights / weights.sum()
+    assert len(counts) == vocabulary_size
+    assert np.abs(counts - expected).max() <= 1
+    assert (counts[weights == 0] == 0).all()
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1 - 2**-24])
+def test_a_token_without_weight_is_never_drawn(share):
+    weights = np.zeros((300, 300), "float32")
+    np.fill_diagonal(weights, np.geomspace(1e-30, 1, 300))
+    tokens = draw(weights, np.full(300, share, "float32"))
+    np.testing.assert_array_equal(tokens, np.arange(300))

@@ -12,6 +12,7 @@ from keras_bwetaf.layers import (
     FeedForward,
     GroupedQueryAttention,
     RMSNormalization,
+    TokenEmbedding,
     TransformerBlock,
 )
 from keras_bwetaf.models.decoder import DecoderBackbone, per_layer
@@ -73,7 +74,7 @@ class OtherBackbone(DecoderBackbone):
         )
         config = types.SimpleNamespace(**arguments)
         super().__init__(
-            token_embedding=keras.layers.ReversibleEmbedding(
+            token_embedding=TokenEmbedding(
                 vocabulary_size,
                 hidden_dim,
                 dtype=dtype,
@@ -139,7 +140,8 @@ def test_cached_equals_whole_rows(backbone, token_ids):
     expected = whole_rows(backbone, token_ids)
     slots = 32
     cache = backbone.make_cache(2, slots)
-    assert [key.shape for key, _ in cache] == [(4, slots, 8), (4, slots, 16)]
+    assert [key.shape for key, _ in cache] == [(4, 8, slots), (4, 16, slots)]
+    assert [x.shape for _, x in cache] == [(4, slots, 8), (4, slots, 16)]
 
     @jax.jit
     def step(tokens, cache, i):
