@@ -21,8 +21,8 @@ kernel it counts nothing: with splash attention, FLOPs and seconds are too
 small. Where it gives no seconds, none are shown.
 
 `--largest-batch` looks for the most rows whose train step leaves a tenth of a
-core's memory free, where the line through the peaks of two compilations says
-that they are, and compiles no more than it takes to be sure.
+core's memory free, where the line through the peaks of what it has compiled
+says that they are: two to four compilations, with those that the table needs.
 
 `--original` compiles the train step of BwETAF 0.6 and optax next to it.
 """
@@ -438,7 +438,8 @@ def largest_batch(peak_of, limit, peaks):
     """The most rows whose peak is within a limit.
 
     Peaks are almost linear in the number of rows, so the line through the two
-    largest that are known says where to look next.
+    largest that are known says where to look next; and that one row more is
+    too many, unless its peak is near the limit.
 
     Args:
         peak_of: function of the number of rows to bytes, infinite if they
@@ -456,16 +457,17 @@ def largest_batch(peak_of, limit, peaks):
             (rows for rows, peak in peaks.items() if peak > limit),
             default=math.inf,
         )
-        if too_many == fitting + 1:
-            return fitting
         finite = sorted(rows for rows in peaks if peaks[rows] < math.inf)
+        candidate = too_many // 2
         if len(finite) > 1:
             one, two = finite[-2:]
             slope = (peaks[two] - peaks[one]) / (two - one)
-            candidate = two + math.floor((limit - peaks[two]) / slope)
-        else:
-            candidate = too_many // 2
-        # If the line says that `fitting` is it, one more must be too many.
+            room = (limit - peaks[two]) / slope
+            if two == fitting and room < 0.9:
+                return fitting
+            candidate = two + math.floor(room)
+        if too_many == fitting + 1:
+            return fitting
         candidate = min(max(candidate, fitting + 1), too_many - 1)
         peaks[candidate] = peak_of(candidate)
 
