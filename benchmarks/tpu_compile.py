@@ -18,7 +18,9 @@ one step; of `decode`, of one token. FLOPs, bytes and seconds are the
 compiler's own estimate. It counts what is in a loop once, so those of a train
 step are of one without the loop over parts of the head and loss. Of a Pallas
 kernel it counts nothing: with splash attention, FLOPs and seconds are too
-small. Where it gives no seconds, none are shown.
+small. Where it gives no seconds, none are shown. Estimated cycles are the sum
+of those that the compiler notes at its instructions, loops counted as often as
+they run: of kernels, collectives and copies in the background there are none.
 
 `--largest-batch` looks for the most rows whose train step leaves a tenth of a
 core's memory free, where the line through the peaks of what it has compiled
@@ -389,6 +391,11 @@ class Figures:
             with head_in_one():
                 program = compiled(make_program())
         cost = program.cost_analysis()
+        self.cycles = sum(
+            each.times * int(cycles)
+            for each in self.instructions
+            for cycles in re.findall(r'"estimated_cycles":"(\d+)"', each.line)
+        )
         self.flops = cost["flops"]
         self.bytes = cost["bytes accessed"]
         self.seconds = cost.get("optimal_seconds", 0)
@@ -520,6 +527,7 @@ def rows_of(name, figures, cache_shape):
         "FLOPs": f"{figures.flops:.4g}",
         "bytes": f"{figures.bytes:.4g}",
         "estimated seconds": f"{seconds:.5g}" if seconds > 0 else "",
+        "estimated cycles": f"{figures.cycles:.4g}",
         "collectives": "\n".join(collectives),
         "Pallas kernels": "\n".join(kernels),
         "copies of a cache": str(copies) if name == "decode" else "",
@@ -611,6 +619,7 @@ def summary(reports):
         "peak, GiB",
         "FLOPs",
         "estimated seconds",
+        "estimated cycles",
         "collectives",
         "Pallas kernels",
         "copies of a cache",
