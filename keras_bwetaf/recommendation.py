@@ -51,13 +51,14 @@ class Compiled(NamedTuple):
 
 
 # The 97M model, rows of 2048 tokens, bfloat16, the recipe "97m", no remat, data
-# parallel: `python -m benchmarks.tpu_compile --topology v5e:1x1 v6e:1x1 v5e:2x4
-# v3:2x2 --batch ROWS --programs train`, with jax 0.10.2 and libtpu 0.0.42.1.
+# parallel, compiled by `benchmarks.tpu_compile` with jax 0.10.2 and libtpu
+# 0.0.42.1. docs/benchmarks.md, "Recommended settings", has the commands, and
+# how the seconds of a step are estimated.
 COMPILED = (
-    Compiled("TPU v5 lite", 1, 16, 0, 0, 0),
-    Compiled("TPU v6 lite", 1, 32, 0, 0, 0),
-    Compiled("TPU v5 lite", 8, 16, 0, 0, 0),
-    Compiled("TPU v3", 8, 8, 0, 0, 0),
+    Compiled("TPU v5 lite", 1, 16, 8.779, 0, 116_000),
+    Compiled("TPU v6 lite", 1, 32, 16.278, 0, 238_000),
+    Compiled("TPU v5 lite", 8, 16, 8.388, 0, 919_000),
+    Compiled("TPU v3", 8, 8, 7.556, 0, 312_000),
 )
 
 
@@ -248,9 +249,10 @@ def _estimated(config, dtype, sequence_length, known, num_devices):
 def estimated_memory(config, dtype, sequence_length, known, remat, num_shards):
     """GiB that a train step needs of a device, on the safe side.
 
-    Of each weight: itself, its gradient, and two moments in bfloat16, as the
-    recipes have them; and a copy to compute with, where that is of another
-    dtype or put together from several devices. Of each token: what every
+    Of each weight: itself, its gradient in float32, in which those of parts of
+    a batch are added up, and two moments in bfloat16, as the recipes have
+    them; and a copy to compute with, where that is of another dtype or put
+    together from several devices. Of each token: what every
     layer keeps, which is 6 vectors of `hidden_dim`, 3 of `intermediate_dim`
     and, with the plain kernel of attention, the weights of 9/16 of all pairs
     of tokens; as much again for the layer whose gradient is computed; and an
@@ -277,9 +279,7 @@ def estimated_memory(config, dtype, sequence_length, known, remat, num_shards):
         4 * width**2 + 3 * width * inner + 4 * width + 2 * inner
     )
     state = num_weights * (
-        weight_bytes
-        + has_copy * product_bytes
-        + (weight_bytes + 4) / num_shards
+        4 + has_copy * product_bytes + (weight_bytes + 4) / num_shards
     )
     of_layer = 6 * width + 3 * inner
     if not _has_splash(known):

@@ -14,8 +14,8 @@ from keras_bwetaf.recommendation import COMPILED, SPARE, estimated_memory
 CARD = PRESETS["97m"]["config"]
 LARGE = {
     "vocabulary_size": 32_000,
-    "num_layers": 32,
-    "num_query_heads": [16] * 32,
+    "num_layers": 26,
+    "num_query_heads": [16] * 26,
     "num_key_value_heads": 8,
     "hidden_dim": 2048,
     "intermediate_dim": 5632,
@@ -28,6 +28,10 @@ def test_compiled_settings_fit(row):
     """With a tenth to spare, which twice as many rows don't leave."""
     memory = device(row.device).memory
     assert row.peak <= (1 - SPARE) * memory < row.next_peak
+    state, each = estimated_memory(
+        CARD, "bfloat16", 2048, device(row.device), "none", 1
+    )
+    assert row.peak < state + row.rows * each < 1.4 * row.peak
     recommended = recommend(device_kind=row.device, num_devices=row.num_devices)
     assert recommended.is_compiled
     assert recommended.rows_per_device == row.rows
@@ -83,7 +87,7 @@ def test_estimate_is_safe_and_not_far_off(kind, num_shards):
     state, row = estimated_memory(
         CARD, "bfloat16", 2048, device(kind), "none", num_shards
     )
-    assert peak < state + 4 * row < 1.3 * peak
+    assert peak < state + 4 * row < 1.4 * peak
 
 
 def test_large_models_compute_twice_and_are_sharded():
