@@ -44,9 +44,8 @@ class Compiled(NamedTuple):
 
     device: str
     num_devices: int
-    rows: int  # of a device at once: twice as many leave less than a tenth
+    rows: int  # of a device at once; twice as many leave less than a tenth
     peak: float  # GiB
-    next_peak: float  # GiB, with twice as many rows
     tokens_per_second: float  # of all devices, by the compiler's estimate
 
 
@@ -55,10 +54,10 @@ class Compiled(NamedTuple):
 # 0.0.42.1. docs/benchmarks.md, "Recommended settings", has the commands, and
 # how the seconds of a step are estimated.
 COMPILED = (
-    Compiled("TPU v5 lite", 1, 16, 8.779, 0, 116_000),
-    Compiled("TPU v6 lite", 1, 32, 16.278, 0, 238_000),
-    Compiled("TPU v5 lite", 8, 16, 8.388, 0, 919_000),
-    Compiled("TPU v3", 8, 8, 7.556, 0, 312_000),
+    Compiled("TPU v5 lite", 1, 16, 8.779, 116_000),
+    Compiled("TPU v6 lite", 1, 32, 16.278, 238_000),
+    Compiled("TPU v5 lite", 8, 16, 8.388, 919_000),
+    Compiled("TPU v3", 8, 8, 7.556, 312_000),
 )
 
 
