@@ -57,7 +57,7 @@ COMPILED = (
     Compiled("TPU v5 lite", 1, 16, 8.779, 116_000),
     Compiled("TPU v6 lite", 1, 32, 16.278, 238_000),
     Compiled("TPU v5 lite", 8, 16, 8.388, 919_000),
-    Compiled("TPU v3", 8, 8, 7.556, 312_000),
+    Compiled("TPU v3", 8, 16, 14.229, 316_000),
 )
 
 
