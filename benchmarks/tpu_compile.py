@@ -1,22 +1,30 @@
 """What the programs of this package need on TPUs, compiled without one.
 
     pip install libtpu  # the release that belongs to the installed jax
-    python -m benchmarks.tpu_compile [--topology v3:2x2 v6e:2x4 ...]
-        [--batch 4] [--length 2048] [--strategy data_parallel ...]
-        [--remat none attention:10,block:2] [--kernel plain] [--largest-batch]
-        [--programs train prefill decode] [--original]
+    python -m benchmarks.tpu_compile [--topology v3:2x2 v6e:1x1 ...]
+        [--batch 4] [--accumulation 1] [--length 2048]
+        [--strategy data_parallel ...] [--remat none attention:10,block:2]
+        [--kernel plain] [--largest-batch] [--programs train prefill decode]
+        [--original]
 
 The 97M model in bfloat16 with the card's recipe: the train step of `fit`, and
 the prompt pass and the decode loop of `generate`, whose prompts are half of
 the length. TPU's compiler runs on any Linux machine; nothing is executed.
 
-`--batch` is the number of rows for each core: with `model_parallel_2`, two
-cores have twice as many together. Figures are of one core and one step; of
-`decode`, of one token. FLOPs, bytes and seconds are the compiler's own
-estimate. It counts what is in a loop once,
-so those of a train step are of one without the loop over parts of the head
-and loss. Of a Pallas kernel it counts nothing: with splash attention, FLOPs
-and seconds are too small. Where it gives no seconds, none are shown.
+`--batch` is the number of rows for each core at once: with `model_parallel_2`,
+two cores have twice as many together. With `--accumulation 2`, a train step
+works on twice as many, one half after the other. Figures are of one core and
+one step; of `decode`, of one token. FLOPs, bytes and seconds are the
+compiler's own estimate. It counts what is in a loop once, so those of a train
+step are of one without the loop over parts of the head and loss. Of a Pallas
+kernel it counts nothing: with splash attention, FLOPs and seconds are too
+small. Where it gives no seconds, none are shown. Estimated cycles are the sum
+of those that the compiler notes at its instructions, loops counted as often as
+they run: of kernels, collectives and copies in the background there are none.
+
+`--largest-batch` looks for the most rows whose train step leaves a tenth of a
+core's memory free, where the line through the peaks of what it has compiled
+says that they are: two to four compilations, with those that the table needs.
 
 `--original` compiles the train step of BwETAF 0.6 and optax next to it.
 """
@@ -53,11 +61,13 @@ import keras_bwetaf
 from keras_bwetaf import distribution
 from keras_bwetaf.generation.decoding import Decoder, GenerationState
 from keras_bwetaf.generation.sampling import BwETAFSampler, SamplingSettings
+from keras_bwetaf.hardware import GIB, device
 from keras_bwetaf.layers import attention, attention_kernel
 from keras_bwetaf.layers.initializers import skip_initialization
 from keras_bwetaf.layers.sharding import device_axes
 from keras_bwetaf.layers.transformer_block import REMAT
 from keras_bwetaf.preset_files import PRESETS
+from keras_bwetaf.recommendation import SPARE
 from keras_bwetaf.step import train_step
 from keras_bwetaf.step.loss import head_cross_entropy
 from keras_bwetaf.training import recipe
@@ -66,16 +76,6 @@ CARD = PRESETS["97m"]["config"]
 DTYPE = "bfloat16"
 TOTAL_STEPS = 1000
 NUM_STOP_TOKENS = 8
-GIB = 2**30
-# Memory of a core, in GiB: from Google's data sheets.
-MEMORY = {
-    "TPU v2": 8,
-    "TPU v3": 16,
-    "TPU v4": 32,
-    "TPU v5 lite": 16,
-    "TPU v5": 95,
-    "TPU v6 lite": 32,
-}
 
 # From devices to a `keras.distribution.Distribution`.
 STRATEGIES = {
@@ -98,11 +98,13 @@ class Program(NamedTuple):
     arguments: tuple  # of `jax.ShapeDtypeStruct`s with shardings
 
 
-def our_model():
+def our_model(num_parts=1):
     with skip_initialization():
         backbone = keras_bwetaf.BwETAFBackbone(**CARD, dtype=DTYPE)
     lm = keras_bwetaf.BwETAFCausalLM(backbone)
-    lm.compile(recipe("97m", TOTAL_STEPS))
+    lm.compile(
+        recipe("97m", TOTAL_STEPS), gradient_accumulation_steps=num_parts
+    )
     lm.optimizer.build(lm.trainable_variables)
     return lm
 
@@ -116,7 +118,11 @@ def remats_of_blocks(remat):
 
 
 def train(lm, remat, strategy, batch_size, length):
-    """The step of `fit`, placed as Keras's trainer places it."""
+    """The step of `fit`, placed as Keras's trainer places it.
+
+    `batch_size` is that of each part of a step, if `lm` accumulates gradients.
+    """
+    batch_size *= lm.gradient_accumulation_steps
     each = remats_of_blocks(remat)
     for block, value in zip(lm.backbone.transformer_layers, each, strict=True):
         block.remat = value
@@ -385,6 +391,11 @@ class Figures:
             with head_in_one():
                 program = compiled(make_program())
         cost = program.cost_analysis()
+        self.cycles = sum(
+            each.times * int(cycles)
+            for each in self.instructions
+            for cycles in re.findall(r'"estimated_cycles":"(\d+)"', each.line)
+        )
         self.flops = cost["flops"]
         self.bytes = cost["bytes accessed"]
         self.seconds = cost.get("optimal_seconds", 0)
@@ -430,35 +441,52 @@ class Figures:
         return len(copies) - sum(copies), sum(copies)
 
 
-def largest_batch(fits, guess):
-    """The largest number for which `fits` is true, from a good guess.
+def largest_batch(peak_of, limit, peaks):
+    """The most rows whose peak is within a limit.
+
+    Peaks are almost linear in the number of rows, so the line through the two
+    largest that are known says where to look next; and that one row more is
+    too many, unless its peak is near the limit.
 
     Args:
-        fits: function of int. True up to some number, and false after it.
-        guess: int.
+        peak_of: function of the number of rows to bytes, infinite if they
+            don't fit at all.
+        limit: float. Bytes.
+        peaks: dict of numbers of rows to bytes, of 0 and of another.
+
+    Returns:
+        int.
     """
-    fitting, too_large = 0, None
-    candidate, step = max(guess, 1), 1
-    while too_large is None or too_large - fitting > 1:
-        if fits(candidate):
-            fitting = candidate
-            candidate, step = candidate + step, 2 * step
-        else:
-            too_large = candidate
-            candidate, step = candidate - step, 2 * step
-        if too_large is not None and not fitting < candidate < too_large:
-            candidate = (fitting + too_large) // 2
-    return fitting
+    peaks = dict(peaks)
+    while True:
+        fitting = max(rows for rows, peak in peaks.items() if peak <= limit)
+        too_many = min(
+            (rows for rows, peak in peaks.items() if peak > limit),
+            default=math.inf,
+        )
+        finite = sorted(rows for rows in peaks if peaks[rows] < math.inf)
+        candidate = too_many // 2
+        if len(finite) > 1:
+            one, two = finite[-2:]
+            slope = (peaks[two] - peaks[one]) / (two - one)
+            room = (limit - peaks[two]) / slope
+            if two == fitting and room < 0.9:
+                return fitting
+            candidate = two + math.floor(room)
+        if too_many == fitting + 1:
+            return fitting
+        candidate = min(max(candidate, fitting + 1), too_many - 1)
+        peaks[candidate] = peak_of(candidate)
 
 
-def does_fit(make_program):
+def peak_memory(make_program):
+    """Bytes, or infinity if the compiler can't make it fit."""
     try:
-        compiled(make_program())
+        return compiled(make_program()).memory_analysis().peak_memory_in_bytes
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return False
-    return True
+        return math.inf
 
 
 # === The command ===
@@ -499,6 +527,7 @@ def rows_of(name, figures, cache_shape):
         "FLOPs": f"{figures.flops:.4g}",
         "bytes": f"{figures.bytes:.4g}",
         "estimated seconds": f"{seconds:.5g}" if seconds > 0 else "",
+        "estimated cycles": f"{figures.cycles:.4g}",
         "collectives": "\n".join(collectives),
         "Pallas kernels": "\n".join(kernels),
         "copies of a cache": str(copies) if name == "decode" else "",
@@ -510,7 +539,9 @@ def rows_of(name, figures, cache_shape):
 def tpu_devices(topology):
     """The devices of a topology, such as `"v3:2x2"`."""
     options = {}
-    if topology.startswith("v4"):
+    if topology.endswith(":1x1"):
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    elif topology.startswith("v4"):
         # Both cores of a chip are one device, as JAX uses them.
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(
@@ -549,18 +580,14 @@ def report(topology, strategy_name, lm, arguments, console):
                     columns[name][row] = ""
             table.add_column(name, justify="right", overflow="fold")
             if arguments.largest_batch and "train" in name:
-                columns[name]["largest batch a core"] = str(
-                    largest_batch(
-                        lambda batch, make=make_program: does_fit(
-                            lambda: make(batch * len(devices))
-                        ),
-                        guess=int(
-                            arguments.batch
-                            * (MEMORY[kind] * GIB - figures.arguments)
-                            / figures.temporaries
-                        ),
-                    )
+                rows = largest_batch(
+                    lambda batch, make=make_program: peak_memory(
+                        lambda: make(batch * len(devices))
+                    ),
+                    limit=(1 - SPARE) * device(kind).memory * GIB,
+                    peaks={0: figures.arguments, arguments.batch: figures.peak},
                 )
+                columns[name]["largest batch a core"] = str(rows)
     for row in next(iter(columns.values())):
         table.add_row(
             row, *(column.get(row, "") for column in columns.values())
@@ -592,6 +619,7 @@ def summary(reports):
         "peak, GiB",
         "FLOPs",
         "estimated seconds",
+        "estimated cycles",
         "collectives",
         "Pallas kernels",
         "copies of a cache",
@@ -618,6 +646,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--topology", nargs="+", default=["v3:2x2"])
     parser.add_argument("--batch", type=int, default=4, help="rows of a core")
+    parser.add_argument(
+        "--accumulation",
+        type=int,
+        default=1,
+        help="parts of a train step, of --batch rows a core each",
+    )
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument(
         "--strategy",
@@ -650,7 +684,7 @@ def main():
     arguments = parser.parse_args()
 
     console = Console()
-    lm = our_model()
+    lm = our_model(arguments.accumulation)
     overrule = (
         attention_kernel(arguments.kernel)
         if arguments.kernel

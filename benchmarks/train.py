@@ -34,9 +34,9 @@ from rich.table import Table
 import keras_bwetaf
 from benchmarks import original
 from keras_bwetaf.data import document_numbers
+from keras_bwetaf.hardware import flops_per_token, peak_flops
 from keras_bwetaf.preset_files import PRESETS
 from keras_bwetaf.training import recipe
-from keras_bwetaf.training.hardware import flops_per_token, peak_flops
 
 import keras  # isort: skip  after keras_bwetaf, which chooses the backend
 

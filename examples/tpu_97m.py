@@ -18,11 +18,11 @@ keeps `/kaggle/working`:
 
     !python keras_bwetaf/examples/tpu_97m.py --run /kaggle/working/run
 
-The card's recipe: TinyStories first, then FineWeb, 32 rows of 2048 tokens a
-step, 3.4 billion tokens in all. When a session has ended, run the same command
-in the next one: it goes on with the step after the last checkpoint, exactly.
-A single chip, as Colab has, does not hold 32 rows at once: there, add
-`--gradient-accumulation-steps 4`.
+The card's recipe: TinyStories first, then FineWeb, 3.4 billion tokens in all.
+How many rows a step has, and in how many parts, is what
+`distribution.recommend` says for the TPU that is there. When a session has
+ended, run the same command in the next one, on the same kind of TPU: it goes on
+with the step after the last checkpoint, exactly.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from keras_bwetaf.training import Monitor, TrainingCheckpoint
 import keras  # isort: skip  after keras_bwetaf, which chooses the backend
 
 STORIES, WEB = "tinystories", "fineweb"
+ROWS = 1_654_400  # of 2048 tokens, in all
 
 
 def main(arguments=None):
@@ -45,15 +46,26 @@ def main(arguments=None):
     parser.add_argument("--then", default=WEB, help="data to go on with")
     parser.add_argument("--first-rows", type=int, default=200_000)
     parser.add_argument("--validation-fraction", type=float, default=0.001)
-    parser.add_argument("--steps", type=int, default=51_700)
+    parser.add_argument("--steps", type=int, help="for 3.4 billion tokens")
     parser.add_argument("--steps-per-epoch", type=int, default=517)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help="as recommended")
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
     # A notebook has arguments of its own.
     arguments, _ = parser.parse_known_args(arguments)
-    if arguments.steps % arguments.steps_per_epoch:
-        parser.error("--steps must be a multiple of --steps-per-epoch")
     run, batch_size = arguments.run, arguments.batch_size
+    num_parts, remat = arguments.gradient_accumulation_steps, "none"
+    if batch_size is None:
+        recommended = keras_bwetaf.distribution.recommend(arguments.preset)
+        print(recommended)
+        batch_size = recommended.batch_size
+        num_parts = recommended.gradient_accumulation_steps
+        remat = recommended.remat
+    steps, steps_per_epoch = arguments.steps, arguments.steps_per_epoch
+    if steps is None:
+        epochs = max(round(ROWS / batch_size / steps_per_epoch), 1)
+        steps = epochs * steps_per_epoch
+    if steps % steps_per_epoch:
+        parser.error("--steps must be a multiple of --steps-per-epoch")
 
     # Each chip (of v3, each core) works on its part of every batch.
     keras.distribution.set_distribution(
@@ -67,8 +79,9 @@ def main(arguments=None):
         rope_dtype="float32",
     )
     lm.compile(
-        keras_bwetaf.recipe("97m", total_steps=arguments.steps),
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        keras_bwetaf.recipe("97m", total_steps=steps),
+        remat=remat,
+        gradient_accumulation_steps=num_parts,
     )
 
     tokenizer = lm.preprocessor.tokenizer
@@ -85,19 +98,19 @@ def main(arguments=None):
         tokenizer,
         validation_fraction=arguments.validation_fraction,
         # Of FineWeb, a third is enough; a notebook has little disk.
-        max_tokens=arguments.steps * batch_size * options["sequence_length"],
+        max_tokens=steps * batch_size * options["sequence_length"],
     )
     lm.fit(
         load_packed([(first, arguments.first_rows), (then, None)], **options),
-        steps_per_epoch=arguments.steps_per_epoch,
-        epochs=arguments.steps // arguments.steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        epochs=steps // steps_per_epoch,
         validation_data=load_packed(
             then, split="validation", repeat=True, **options
         ),
         validation_steps=8,
         verbose=0,
         callbacks=[
-            Monitor(run, total_steps=arguments.steps),
+            Monitor(run, total_steps=steps),
             TrainingCheckpoint(run / "checkpoints", save_every=500),
         ],
     )

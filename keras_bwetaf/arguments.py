@@ -119,7 +119,7 @@ class TrainingOptions(TypedDict, total=False):
     vocabulary_size: int | None
     lora_rank: int | None
     sequence_length: int | None
-    batch_size: int
+    batch_size: int | None
     gradient_accumulation_steps: int
     remat: Remat
     dtype: Literal[

@@ -31,6 +31,17 @@ from rich.table import Table
 from keras_bwetaf.checks import is_int
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.processes import is_first_process
+from keras_bwetaf.recommendation import Recommendation, recommend
+
+__all__ = [
+    "Recommendation",
+    "Sharding",
+    "data_parallel",
+    "describe",
+    "fully_sharded",
+    "model_parallel",
+    "recommend",
+]
 
 BATCH, MODEL = "batch", "model"
 

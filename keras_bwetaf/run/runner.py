@@ -1,6 +1,7 @@
 """A training run, all of it in one folder: `keras-bwetaf train`."""
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ from keras_bwetaf.data.index import FILE_NAME, read_index
 from keras_bwetaf.data.packing import clear
 from keras_bwetaf.data.worker import VALIDATION
 from keras_bwetaf.exchange.weights import check_changes
+from keras_bwetaf.hardware import device
 from keras_bwetaf.layers.sharding import num_row_groups
 from keras_bwetaf.models import BwETAFBackbone, BwETAFCausalLM
 from keras_bwetaf.models.causal_lm_preprocessor import (
@@ -50,6 +52,8 @@ from keras_bwetaf.training.samples import Samples
 # Shares to hold out, of documents and of the only one.
 HELD_OUT, HELD_OUT_OF_ONE = 0.01, 0.1
 TENSORBOARD = "tensorboard"
+# Rows of a step where nothing is known of the device.
+BATCH_SIZE = 16
 
 
 def train(
@@ -73,7 +77,10 @@ def train(
     several documents, some are.
 
     Several devices share each batch, unless a distribution is set. Of
-    several processes, all must call it (see `initialize`).
+    several processes, all must call it (see `initialize`). Without a batch
+    size, it is what `distribution.recommend` says for these devices, with its
+    `remat` and its parts, where those aren't given either; or 16 rows, if the
+    devices are not known.
 
     Args:
         folder: path. Of the run; it is created.
@@ -105,8 +112,9 @@ def train(
         _say(message)
         return presets.from_preset(folder / MODEL, dtype=settings.dtype)
     try:
-        with _on_all_devices():
-            lm = _train(folder, settings)
+        config = _config(settings)
+        with _on_all_devices(settings, config):
+            lm = _train(folder, settings, config)
     except (KeyboardInterrupt, SystemExit):
         _say(f"\n{how_to_go_on(folder)}")
         raise
@@ -119,20 +127,28 @@ def _say(text):
         print(text, flush=True)
 
 
-def _on_all_devices():
-    """Data parallel on several devices, unless a distribution is set."""
-    if keras.distribution.distribution() is None and jax.device_count() > 1:
-        return distribution.data_parallel().scope()
-    return contextlib.nullcontext()
+def _on_all_devices(settings, config):
+    """Data parallel on several devices, unless a distribution is set.
+
+    Fully sharded if a device has no room for all of the optimizer's state.
+    """
+    num_devices = jax.device_count()
+    if keras.distribution.distribution() or num_devices == 1:
+        return contextlib.nullcontext()
+    strategy = "data_parallel"
+    # Of devices that are not known, or are too small, it says nothing.
+    with contextlib.suppress(ValueError):
+        strategy = _recommended(settings, config, num_devices).strategy
+    return getattr(distribution, strategy)().scope()
 
 
-def _train(folder, settings):
+def _train(folder, settings, config):
     # What can be wrong is found out before what takes long.
     epochs = _epochs(settings)
     optimizer = recipe(
         **{"name": "97m", **settings.recipe}, total_steps=settings.steps
     )
-    config = _config(settings)
+    settings = _with_batch_size(settings, config)
     _check_batch_size(settings)
     callbacks = _callbacks(folder, settings)
     tokenizer, data = _tokenizer_and_data(folder, settings)
@@ -310,6 +326,33 @@ def _model(settings, config, tokenizer):
 
 
 # What it is trained on.
+
+
+def _with_batch_size(settings, config):
+    """Settings with a batch size, and with what goes with a recommended one."""
+    if settings.batch_size is not None:
+        return settings
+    if device(jax.devices()[0].device_kind) is None:
+        return dataclasses.replace(settings, batch_size=BATCH_SIZE)
+    recommended = _recommended(settings, config, num_row_groups())
+    _say(f"Without a given batch size, settings for\n{recommended}")
+    changes = {"batch_size": recommended.batch_size}
+    if settings.remat == "none":
+        changes["remat"] = recommended.remat
+    if settings.gradient_accumulation_steps == 1:
+        changes["gradient_accumulation_steps"] = (
+            recommended.gradient_accumulation_steps
+        )
+    return dataclasses.replace(settings, **changes)
+
+
+def _recommended(settings, config, num_devices):
+    return distribution.recommend(
+        config,
+        dtype=settings.dtype,
+        sequence_length=settings.sequence_length,
+        num_devices=num_devices,
+    )
 
 
 def _check_batch_size(settings):

@@ -74,7 +74,12 @@ class TrainingSettings:
         help="Tokens in a row; as many as the model sees if not given.",
         least=2,
     )
-    batch_size: int = _setting(16, help="Rows in a step.", least=1)
+    batch_size: int | None = _setting(
+        None,
+        help="Rows in a step; if not given, what fits the devices, where that "
+        "is known, and 16 elsewhere.",
+        least=1,
+    )
     gradient_accumulation_steps: int = _setting(
         1,
         help="Parts in which a batch is worked on, to save memory.",
@@ -194,7 +199,7 @@ class TrainingSettings:
             problems.append(
                 f"`seed` must be below 2**32. Received: seed={self.seed!r}"
             )
-        if self.batch_size % self.gradient_accumulation_steps:
+        if (self.batch_size or 0) % self.gradient_accumulation_steps:
             problems.append(
                 "`batch_size` must be a multiple of "
                 "`gradient_accumulation_steps`. Received: batch_size="

@@ -15,10 +15,10 @@ from converters.files import local_path, new_file
 from keras_bwetaf import processes
 from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import positive_int
+from keras_bwetaf.hardware import flops_per_token, peak_flops
 from keras_bwetaf.layers.attention import chosen_attention
 from keras_bwetaf.optional import import_optional
 from keras_bwetaf.step.train_step import STEP_VALUE_NAMES
-from keras_bwetaf.training.hardware import flops_per_token, peak_flops
 from keras_bwetaf.training.plots import LOSSES, plot_losses
 from keras_bwetaf.training.statistics import Statistics
 
@@ -35,7 +35,7 @@ class Monitor(keras.callbacks.Callback):
     losses. Elsewhere, lines are all there is. The table tells the step, its
     loss, the last validation loss, the time left, how many tokens count in
     the loss per second, the share of the devices' peak that this makes use of
-    (see `keras_bwetaf.training.hardware`), the norm of the gradient before it
+    (see `keras_bwetaf.hardware`), the norm of the gradient before it
     is clipped, the learning rate, the exponential mean of losses, the tokens
     so far, how long the first step took, which compiles and counts in no
     speed, and the kernel of attention. A line tells as much of it as fits 80

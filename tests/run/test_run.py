@@ -11,7 +11,9 @@ import yaml
 
 import keras_bwetaf
 from converters.files import read_json
+from keras_bwetaf import hardware
 from keras_bwetaf.data import load_packed, pack
+from keras_bwetaf.recommendation import SPARE, estimated_memory
 from keras_bwetaf.run import folder as run_folder
 from keras_bwetaf.run import runner
 from keras_bwetaf.run.settings import TrainingSettings
@@ -288,8 +290,10 @@ def test_says_how_to_go_on(tmp_path, settings, capsys):
 @pytest.mark.slow
 def test_several_devices_share_a_batch(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    settings = {**settings, "steps": 1, "validate_every": 1, "batch_size": 8}
+    settings = {**settings, "steps": 1, "validate_every": 1}
+    settings["batch_size"] = None  # 16 on a CPU.
     lm = keras_bwetaf.train(tmp_path / "run", **settings)
+    assert "batch_size: 16\n" in (tmp_path / "run/config.yaml").read_text()
     weight = lm.weights[0].value
     assert weight.sharding.is_fully_replicated
     assert len(weight.sharding.device_set) == 8
@@ -391,6 +395,34 @@ def test_settings_are_checked_first(tmp_path, settings, changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         keras_bwetaf.train(tmp_path / "run", **{**settings, **changes})
     assert not (tmp_path / "run").exists()
+
+
+def test_default_batch_size(settings, monkeypatch):
+    """As recommended where the device is known, and kept in the folder."""
+    settings = {k: v for k, v in settings.items() if k != "batch_size"}
+    config = runner._config(TrainingSettings(**settings))
+
+    def chosen(**changes):
+        wanted = TrainingSettings(**{**settings, **changes})
+        return runner._with_batch_size(wanted, config)
+
+    assert chosen().batch_size == 16
+    with pytest.raises(ValueError, match="batch_size=16, .*steps=3"):
+        chosen(gradient_accumulation_steps=3)
+
+    cpu = hardware.Device("cpu", 1, 1, 1, 1)
+    state, row = estimated_memory(config, "float32", 32, cpu, "none", 1)
+    cpu = cpu._replace(memory=(state + 9 * row) / (1 - SPARE))
+    monkeypatch.setattr(hardware, "DEVICES", [cpu])
+    found = chosen()
+    assert found.batch_size == 32
+    assert found.gradient_accumulation_steps == 4  # Of 8 rows.
+    given = {"gradient_accumulation_steps": 8, "remat": "block"}
+    assert chosen(**given) == TrainingSettings(
+        **settings, **given, batch_size=32
+    )
+    given = {"batch_size": 3}
+    assert chosen(**given) == TrainingSettings(**settings, **given)
 
 
 def test_rows_divide_among_devices(tmp_path, settings, monkeypatch):

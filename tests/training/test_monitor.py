@@ -16,16 +16,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_bwetaf import processes
+from keras_bwetaf import hardware, processes
+from keras_bwetaf.hardware import flops_per_token, peak_flops
 from keras_bwetaf.step.train_step import STEP_VALUE_NAMES
 from keras_bwetaf.training import (
     Monitor,
     WarmupDecay,
-    hardware,
     monitor,
     statistics,
 )
-from keras_bwetaf.training.hardware import flops_per_token, peak_flops
 from keras_bwetaf.training.statistics import (
     Statistics,
     read_statistics,
@@ -565,7 +564,9 @@ def test_flops_per_token():
 
 def test_utilisation_of_several_devices(capsys, monkeypatch):
     """Sharded over two devices, and the peak is that of both."""
-    monkeypatch.setattr(hardware, "PEAKS", [("cpu", 0.0, 1e-3)])
+    monkeypatch.setattr(
+        hardware, "DEVICES", [hardware.Device("cpu", 0.0, 1e-3, 0, 0)]
+    )
     devices = [f"cpu:{i}" for i in range(2)]
     with keras.distribution.DataParallel(devices=devices).scope():
         lm = make_lm(keras.optimizers.SGD(0.1))
