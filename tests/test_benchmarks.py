@@ -117,13 +117,30 @@ def test_table():
     missing = {"llama.cpp f32": ["llama_cpp", "gguf"]}
     lines = report.table({"measures": measures, "missing": missing})
     assert lines.splitlines() == [
-        "| | keras_bwetaf | KerasHub | floor |",
+        "| 97M | keras_bwetaf | KerasHub | floor |",
         "|---|---:|---:|---:|",
         "| decode, tokens/s | 100 | 50.0 (2.00) | 200 (0.50) |",
         "| memory, MiB | 800 | 1000 (1.25) |  |",
         "",
         "Not installed: llama.cpp f32 (llama_cpp, gguf).",
     ]
+
+
+def test_the_table_of_a_page_is_replaced():
+    old, new = (
+        {
+            "measures": {"m": {"unit": "s", "values": {"KerasHub": [value]}}},
+            "missing": missing,
+        }
+        for value, missing in ((1, {"BwETAF": ["BwETAF"]}), (2, {}))
+    )
+    page = "Before.\n\n{}\n\n| another | table |\n"
+    text = report.replace_table(page.format(report.table(old)), new)
+    assert text == page.format(report.table(new))
+    with pytest.raises(
+        ValueError, match=r"'\| 97M \|' on the page. Received: 0"
+    ):
+        report.replace_table("No table.", new)
 
 
 def test_what_is_not_installed_has_a_name(monkeypatch):

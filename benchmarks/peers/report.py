@@ -1,19 +1,23 @@
 """Results as a Markdown table.
 
-python -m benchmarks.peers.report docs/pictures/peers.json
+    python -m benchmarks.peers.report docs/pictures/peers.json [PAGE]
+
+It is printed, or takes the place of the table of earlier results on a page.
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
 
 from benchmarks.peers.models import OURS, PEERS
 
-__all__ = ["FLOOR", "table"]
+__all__ = ["FLOOR", "replace_table", "table"]
 
 FLOOR = "floor"
 COLUMNS = [*PEERS, FLOOR]
+START = "| 97M |"
 
 
 def table(results):
@@ -32,7 +36,7 @@ def table(results):
         if any(name in measure["values"] for _, measure in measures)
     ]
     lines = [
-        "| | " + " | ".join(present) + " |",
+        f"{START} " + " | ".join(present) + " |",
         "|---|" + "---:|" * len(present),
     ]
     for title, measure in measures:
@@ -61,5 +65,37 @@ def cell(measure, name):
     return f"{text} ({ratio:.2f})"
 
 
+def replace_table(page, results):
+    """A Markdown page with these results instead of earlier ones.
+
+    Args:
+        page: str.
+        results: dict. See `table`.
+
+    Raises:
+        ValueError: If the page has no such table, or several.
+    """
+    old = re.compile(
+        rf"^{re.escape(START)}.*\n(\|.*\n)*(\nNot installed: .*\n)?",
+        re.MULTILINE,
+    )
+    page, count = old.subn(lambda _: table(results) + "\n", page)
+    if count != 1:
+        raise ValueError(
+            f"Expected one table that starts with {START!r} on the page. "
+            f"Received: {count}"
+        )
+    return page
+
+
+def main(path, page=None):
+    results = json.loads(Path(path).read_text())
+    if page is None:
+        print(table(results))
+    else:
+        text = replace_table(Path(page).read_text(), results)
+        Path(page).write_text(text)
+
+
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    main(*sys.argv[1:])
