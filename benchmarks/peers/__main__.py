@@ -121,7 +121,7 @@ def main():
         from keras_bwetaf.preset_files import PRESETS
 
         config = PRESETS["97m"]["config"]
-    missing = {name: PEERS[name].missing() for name in options.peers}
+    missing = {name: peer.missing() for name, peer in PEERS.items()}
     missing = {name: packages for name, packages in missing.items() if packages}
     peers = [name for name in options.peers if name not in missing]
     results = {**about(config, missing, options), "measures": {}}
