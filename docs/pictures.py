@@ -45,12 +45,16 @@ def main(folder=PICTURES):
 
 
 def draw_peers(measures, path):
-    """A panel for each of `PANELS`."""
-    figure = Figure((9, 5.6), layout="constrained")
-    panels = zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True)
-    for axes, (title, name) in panels:
-        axes.set_title(title, loc="left", fontsize="medium")
+    """A panel for each of `PANELS` that has been measured."""
+    panels = {title: name for title, name in PANELS.items() if name in measures}
+    num_rows = -(-len(panels) // 2)
+    figure = Figure((9, 2.8 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, 2, squeeze=False).flat
+    for (title, name), axes in zip(panels.items(), grid, strict=False):
+        axes.set_title(title, loc="left", fontsize="medium", pad=16)
         draw_bars(axes, measures[name]["values"])
+    for axes in grid:  # What is left of it.
+        axes.set_axis_off()
     figure.savefig(path, metadata={"Date": None})
 
 
