@@ -25,7 +25,6 @@ import sys
 import time
 
 import jax
-import keras_hub
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +39,7 @@ from keras_bwetaf.training import recipe
 from keras_bwetaf.training.hardware import flops_per_token, peak_flops
 
 import keras  # isort: skip  after keras_bwetaf, which chooses the backend
+import keras_hub  # isort: skip  like Keras
 
 CARD = {**PRESETS["97m"]["config"], "dropout": 0.0}
 TOTAL_STEPS = 1000

@@ -83,6 +83,16 @@ def test_measures_of_an_earlier_run_stay(tmp_path):
     ]
 
 
+def test_a_process_imports_nothing_that_its_model_does_not_need():
+    """Else its memory would be that of all packages."""
+    code = "import sys, benchmarks.peers.worker; print(*sys.modules)"
+    modules = subprocess.check_output(
+        [sys.executable, "-c", code], text=True, cwd=pages.ROOT
+    ).split()
+    assert "numpy" in modules
+    assert not {"jax", "keras", "keras_bwetaf", "torch"} & set(modules)
+
+
 def test_results_of_another_dtype_do_not_mix(tmp_path):
     results = {"config": {}, "dtype": "float32", "threads": 2, "measures": {}}
     path = tmp_path / "peers.json"
