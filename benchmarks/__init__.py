@@ -1,1 +1,1 @@
-import keras_bwetaf  # noqa: F401  first, as it sets up Keras
+"""The figures of the documentation come out of here."""

@@ -11,7 +11,6 @@ Seconds are those of the conversion, and those of the whole process.
 import argparse
 import itertools
 import json
-import re
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 import converters
+from benchmarks.memory import process_memory
 from converters.architectures import tensors
 from converters.formats import FORMATS
 from converters.transforms import view
@@ -101,7 +101,7 @@ def make_checkpoint(folder, dtype):
 
 def measure(how, source, target, to):
     """Runs a conversion; returns its seconds, the process's, peak bytes."""
-    command = [sys.executable, __file__, "--child"]
+    command = [sys.executable, "-m", "benchmarks.convert", "--child"]
     command += [how, str(source), str(target), to]
     start = time.perf_counter()
     output = subprocess.check_output(command, text=True)
@@ -117,9 +117,7 @@ def child(how, source, target, to):
     start = time.perf_counter()
     HOW[how](Path(source), Path(target), to)
     seconds = time.perf_counter() - start
-    # Not getrusage: its maximum counts the parent that forked this process.
-    status = Path("/proc/self/status").read_text()
-    print(seconds, 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1]))
+    print(seconds, 2**20 * process_memory())
 
 
 def main():

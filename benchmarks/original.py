@@ -24,19 +24,26 @@ with (
 __all__ = ["KV_caching", "model", "optimizer", "train_step"]
 
 
-def model(dtype, dropout=CARD["dropout"]):
-    """The original's `ModelManager`, with random weights."""
+def model(dtype, dropout=CARD["dropout"], config=CARD):
+    """The original's `ModelManager`, with random weights.
+
+    Args:
+        dtype: str.
+        dropout: float.
+        config: dict. Arguments of `BwETAFBackbone`.
+    """
+    num_heads = config["num_query_heads"]
     with contextlib.redirect_stdout(io.StringIO()):
         return ModelManager(
-            num_heads=CARD["num_query_heads"],
-            attention_dim=CARD["hidden_dim"],
-            vocab_size=CARD["vocabulary_size"],
-            num_blocks=CARD["num_layers"],
-            ff_dim=CARD["intermediate_dim"],
+            num_heads=num_heads,
+            attention_dim=config["hidden_dim"],
+            vocab_size=config["vocabulary_size"],
+            num_blocks=config["num_layers"],
+            ff_dim=config["intermediate_dim"],
             dropout_rate=dropout,
-            max_len=CARD["max_sequence_length"],
-            gqa_repeats=2,
-            emb_init_range=CARD["embedding_initializer_range"],
+            max_len=config["max_sequence_length"],
+            gqa_repeats=num_heads // config["num_key_value_heads"],
+            emb_init_range=config["embedding_initializer_range"],
             dtype=jax.numpy.dtype(dtype),
         )
 

@@ -23,22 +23,23 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
-import keras_hub
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import keras_bwetaf
 from benchmarks import original
+from benchmarks.memory import process_memory
+from benchmarks.peers.models import keras_hub_llama
 from keras_bwetaf.data import document_numbers
 from keras_bwetaf.hardware import flops_per_token, peak_flops
 from keras_bwetaf.preset_files import PRESETS
 from keras_bwetaf.training import recipe
 
 import keras  # isort: skip  after keras_bwetaf, which chooses the backend
+import keras_hub  # isort: skip  like Keras
 
 CARD = {**PRESETS["97m"]["config"], "dropout": 0.0}
 TOTAL_STEPS = 1000
@@ -112,19 +113,7 @@ def bwetaf(x, arguments):
 
 
 def llama(x, arguments):
-    names = (
-        "vocabulary_size",
-        "num_layers",
-        "num_query_heads",
-        "num_key_value_heads",
-        "hidden_dim",
-        "intermediate_dim",
-    )
-    backbone = keras_hub.models.LlamaBackbone(
-        **{name: CARD[name] for name in names},
-        tie_word_embeddings=True,
-        dtype=arguments.dtype,
-    )
+    backbone = keras_hub_llama(CARD, arguments.dtype)
     lm = keras_hub.models.LlamaCausalLM(backbone)
     lm.compile(
         keras.optimizers.AdamW(
@@ -170,9 +159,7 @@ def peak_memory():
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"] / 2**20
-    status = Path("/proc/self/status").read_text()
-    line = next(x for x in status.splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    return process_memory()
 
 
 def memory_alone(name, arguments):

@@ -2,16 +2,16 @@
 
     python docs/pictures.py [FOLDER]
 
-`decode.svg` shows the table "Generation" of docs/benchmarks.md. `losses.svg`
-shows pictures/stories.json, the statistics of this run on about 20,000 stories
-that examples/tiny/grammar.py makes up:
+`peers.svg` shows pictures/peers.json, what `python -m benchmarks.peers` writes.
+`losses.svg` shows pictures/stories.json, the statistics of this run on about
+20,000 stories that examples/tiny/grammar.py makes up:
 
     keras-bwetaf train runs/stories --data stories.jsonl --preset tiny
         --vocabulary-size 1024 --steps 400 --batch-size 8 --recipe name=small
 """
 
 import json
-import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -23,6 +23,15 @@ from keras_bwetaf.training import plot_losses
 DOCS = Path(__file__).resolve().parent
 PICTURES = DOCS / "pictures"
 OURS, PEER = "tab:cyan", "lightgray"
+# Of peers.json, by the titles of the panels.
+PANELS = {
+    "batch 1, tokens per second": "batch 1, 32 + 256, greedy",
+    "batch 8, tokens per second": "batch 8, 32 + 128, greedy",
+    "prompt of 1900 tokens, seconds": "first token after 1900",
+    "1900 + 148 tokens, peak memory, MiB": (
+        "peak memory, batch 1, 1900 + 148, greedy"
+    ),
+}
 
 
 def main(folder=PICTURES):
@@ -31,42 +40,43 @@ def main(folder=PICTURES):
     with matplotlib.rc_context(style):
         statistics = json.loads((PICTURES / "stories.json").read_text())
         plot_losses(statistics, Path(folder) / "losses.svg")
-        draw_decode(*decode_speeds(), Path(folder) / "decode.svg")
+        results = json.loads((PICTURES / "peers.json").read_text())
+        draw_peers(results["measures"], Path(folder) / "peers.svg")
 
 
-def decode_speeds():
-    """Rows of the table: a dict of name to tokens per second; the floor's."""
-    page = (DOCS / "benchmarks.md").read_text()
-    table = page.split("## Generation")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| ([^|]+?) \| ([\d.]+) \|", table, re.MULTILINE)
-    speeds = {name: float(speed) for name, speed in rows}
-    (floor,) = (name for name in speeds if name.startswith("floor"))
-    return speeds, speeds.pop(floor)
-
-
-def draw_decode(speeds, floor, path):
-    """A bar for each row, and a line at the floor."""
-    figure = Figure((8, 3.4), layout="constrained")
-    axes = figure.subplots()
-    names = list(speeds)[::-1]
-    colors = [OURS if name.startswith("keras") else PEER for name in names]
-    values = [speeds[name] for name in names]
-    lines = [name.replace(", ", "\n", 1) for name in names]
-    axes.barh(lines, values, color=colors)
-    for line, value in zip(lines, values, strict=True):
-        label = f"{value} ({value / floor:.0%})  "
-        axes.text(value, line, label, ha="right", va="center")
-    axes.axvline(floor, color="black", lw=1, ls="--")
-    axes.annotate(
-        f"floor: {floor}",
-        (floor, len(names) - 0.45),
-        ha="center",
-        va="bottom",
-        annotation_clip=False,
-    )
-    axes.set_xlabel("tokens per second (share of the floor)")
-    axes.spines[["top", "right"]].set_visible(False)
+def draw_peers(measures, path):
+    """A panel for each of `PANELS` that has been measured."""
+    panels = {title: name for title, name in PANELS.items() if name in measures}
+    num_rows = -(-len(panels) // 2)
+    figure = Figure((9, 2.8 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, 2, squeeze=False).flat
+    for (title, name), axes in zip(panels.items(), grid, strict=False):
+        axes.set_title(title, loc="left", fontsize="medium", pad=16)
+        draw_bars(axes, measures[name]["values"])
+    for axes in grid:  # What is left of it.
+        axes.set_axis_off()
     figure.savefig(path, metadata={"Date": None})
+
+
+def draw_bars(axes, values):
+    """A bar for each peer's median, and a line at the floor, if there is one.
+
+    Args:
+        axes: of Matplotlib.
+        values: dict of name to list of float.
+    """
+    medians = {name: statistics.median(each) for name, each in values.items()}
+    floor = medians.pop("floor", None)
+    for name, median in reversed(medians.items()):
+        color = OURS if name.startswith("keras") else PEER
+        axes.barh(name, median, color=color)
+        label = f" {median:.0f}" if median >= 10 else f" {median:.2f}"
+        axes.text(0, name, label, va="center")
+    if floor is not None:
+        axes.axvline(floor, color="black", lw=1, ls="--")
+        label = f"floor {floor:.0f}" if floor >= 10 else f"floor {floor:.2f}"
+        axes.text(floor, len(medians) - 0.5, label, ha="center", va="bottom")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,10 @@ def run_command(command, monkeypatch):
             PROGRAMS[words[0]]()
         assert not end.value.code, command
     elif benchmark := re.search(r"python -m (benchmarks\.\w+)(.*)", command):
-        source = (ROOT / benchmark[1].replace(".", "/")).with_suffix(".py")
+        module = ROOT / benchmark[1].replace(".", "/")
+        source = module.with_suffix(".py")
+        if module.is_dir():
+            source = module / "__main__.py"
         for option in re.findall(r"--[a-z-]+", benchmark[2]):
             assert f'"{option}"' in source.read_text(), command
     else:

@@ -1,0 +1,1 @@
+"""Decoding, prompts, memory and start-up, next to the peers and the floors."""
