@@ -188,7 +188,9 @@ def decode(lm, strategy, batch_size, length):
     num_steps = _placed(
         jax.ShapeDtypeStruct((), "int32"), strategy, by_row=False
     )
-    return Program(decoder._decode, (values, state, settings, num_steps, []))
+    return Program(
+        decoder._decode, (values, state, settings, num_steps, num_steps, [])
+    )
 
 
 PROGRAMS = ("train", "prefill", "decode")

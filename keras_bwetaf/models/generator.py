@@ -211,9 +211,7 @@ class Generator(keras_hub.models.CausalLM):
                     "`preprocessor=None`. Attach a preprocessor or use "
                     "`stop_token_ids`."
                 )
-            return self._generate_ids(
-                inputs, strip_prompt, batch_size, options
-            )
+            return self._generate_ids(inputs, strip_prompt, batch_size, options)
         is_single = isinstance(inputs, str)
         texts = as_texts([inputs] if is_single else inputs)
         if _has_own_processing(self.preprocessor):
@@ -258,9 +256,7 @@ class Generator(keras_hub.models.CausalLM):
             name: np.asarray(inputs[name])
             for name in ("token_ids", "padding_mask")
         }
-        outputs = self._generate_ids(
-            inputs, strip_prompt, batch_size, options
-        )
+        outputs = self._generate_ids(inputs, strip_prompt, batch_size, options)
         outputs["padding_mask"] = outputs["padding_mask"].astype("bool")
         return self.preprocessor.generate_postprocess(outputs)
 

@@ -14,8 +14,11 @@ from keras_bwetaf.layers import (
     GroupedQueryAttention,
     RMSNormalization,
     RotaryEmbedding,
+    TokenEmbedding,
     TransformerBlock,
 )
+from keras_bwetaf.layers.dense import product
+from keras_bwetaf.layers.grouped_query_attention import _attend_to_slots
 from keras_bwetaf.layers.initializers import normal, skip_initialization
 from keras_bwetaf.layers.rotary_embedding import (
     inverse_frequencies,
@@ -324,3 +327,40 @@ def test_config_holds_every_argument(cls):
     assert type(again) is cls
     assert again.get_config() == config
     assert [v.path for v in again.weights] == [v.path for v in layer.weights]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 32, 33])
+def test_products_of_a_decode_step(batch_size):
+    """By rows or by columns, it is the same product."""
+    inputs = random(batch_size, 1, 40)
+    kernel = random(70, 40, seed=1)
+    received = jax.jit(product)(inputs, kernel)
+    assert received.shape == (batch_size, 1, 70)
+    assert relative_l2(received, inputs @ kernel.T) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_token_reads_the_cache_as_several_do(dtype):
+    """Attention of one row alone, and in a batch, is the same."""
+    query = jnp.asarray(random(2, 1, 6, 8), dtype)
+    key = jnp.asarray(random(2 * 3, 8, 20, seed=1), dtype)
+    value = jnp.asarray(random(2 * 3, 20, 8, seed=2), dtype)
+    mask = np.broadcast_to(np.arange(20) < 15, (2, 1, 20))
+    together = _attend_to_slots(query, key, value, mask)
+    tolerance = 1e-6 if dtype == "float32" else 4e-3
+    for i in range(2):
+        heads = slice(3 * i, 3 * i + 3)
+        alone = _attend_to_slots(
+            query[i : i + 1], key[heads], value[heads], mask[i : i + 1]
+        )
+        assert alone.dtype == dtype
+        assert relative_l2(alone[0], together[i]) < tolerance
+
+
+def test_token_embedding_is_the_head():
+    layer = TokenEmbedding(30, 8)
+    logits = layer(random(2, 1, 8), reverse=True)
+    expected = random(2, 1, 8) @ layer.embeddings.numpy().T
+    assert relative_l2(logits, expected) < 1e-6
+    copied = TokenEmbedding.from_config(layer.get_config())
+    assert copied.get_config() == layer.get_config()
