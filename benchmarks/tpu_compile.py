@@ -426,8 +426,8 @@ class Figures:
                 counts[name] += instruction.times
         return dict(sorted(counts.items()))
 
-    def copies_of(self, shape):
-        """How many copies of an array of this shape there are.
+    def copies_of(self, shapes):
+        """How many copies of arrays of these shapes there are.
 
         Returns:
             Tuple of copies within the main memory, and of moves between it
@@ -438,7 +438,7 @@ class Figures:
             re.search(r"S\([13]\)", instruction.line) is not None
             for instruction in self.instructions
             if instruction.opcode in ("copy", "copy-start")
-            and any(dims == shape for _, dims in instruction.shapes)
+            and any(dims in shapes for _, dims in instruction.shapes)
         ]
         return len(copies) - sum(copies), sum(copies)
 
@@ -511,7 +511,7 @@ def program_makers(lm, arguments):
     }
 
 
-def rows_of(name, figures, cache_shape):
+def rows_of(name, figures, cache_shapes):
     """What the table says of a program, by name of the row."""
     collectives = (
         f"{count} {kind}, {size / 2**20:.1f} MiB"
@@ -521,7 +521,7 @@ def rows_of(name, figures, cache_shape):
         f"{count} {kernel}" for kernel, count in figures.kernels().items()
     )
     seconds = figures.seconds
-    copies, moves = figures.copies_of(cache_shape)
+    copies, moves = figures.copies_of(cache_shapes)
     return {
         "arguments, GiB": f"{figures.arguments / GIB:.3f}",
         "temporaries, GiB": f"{figures.temporaries / GIB:.3f}",
@@ -575,7 +575,9 @@ def report(topology, strategy_name, lm, arguments, console):
                 without_loops="train" in name and not arguments.no_estimate,
             )
             columns[name] = rows_of(
-                name, figures, cache_shape(strategy, num_rows, arguments.length)
+                name,
+                figures,
+                cache_shapes(strategy, num_rows, arguments.length),
             )
             if "train" in name and arguments.no_estimate:
                 for row in ("FLOPs", "bytes", "estimated seconds"):
@@ -598,15 +600,16 @@ def report(topology, strategy_name, lm, arguments, console):
     return columns
 
 
-def cache_shape(strategy, num_rows, length):
-    """What a device has of the keys, or values, of a layer."""
+def cache_shapes(strategy, num_rows, length):
+    """What a device has of the keys of a layer, and of the values."""
     num_heads = CARD["num_key_value_heads"]
     axes = itertools.chain(*device_axes(num_rows, num_heads))
     num_parts = math.prod(
         strategy.device_mesh.backend_mesh.shape[axis] for axis in axes
     )
     head_dim = CARD["hidden_dim"] // CARD["num_query_heads"]
-    return num_rows * num_heads // num_parts, length, head_dim
+    num_heads = num_rows * num_heads // num_parts
+    return (num_heads, head_dim, length), (num_heads, length, head_dim)
 
 
 def summary(reports):

@@ -13,7 +13,6 @@ import pytest
 from keras_bwetaf import BwETAFCausalLM
 from keras_bwetaf.generation.generation import (
     Generation,
-    bucket,
     cache_bucket,
     prompt_bucket,
     shorter_prompts,
