@@ -65,9 +65,8 @@ assert next(iter(texts.map(lambda _: pairs(["ab"])))).to_list() == [[2]]
 assert isinstance(pairs.cache, tf.Module)
 with open("corpus.txt", "w") as file:
     file.write("the sky the sky the sky")
-assert "the" in keras_hub.tokenizers.compute_word_piece_vocabulary(
-    ["corpus.txt"], 20
-)
+pieces = keras_hub.tokenizers.compute_word_piece_vocabulary(["corpus.txt"], 20)
+assert {"[UNK]", "t", "##h"} <= set(pieces), pieces
 packer = keras_hub.layers.StartEndPacker(3, start_value=7)
 assert np.array(packer(tf.ragged.constant([[1], [2, 3]]))).tolist() == [
     [7, 1, 0], [7, 2, 3]
@@ -77,8 +76,8 @@ lm = keras_bwetaf.from_preset("tiny", num_layers=1, load_weights=False)
 lm.preprocessor.sequence_length = 16
 lm.compile("adamw")
 lm.fit(texts, verbose=0)
-assert lm.generate(texts, max_new_tokens=2) == lm.generate(
-    ["the sky"] * 4, max_new_tokens=2
+assert lm.generate(texts, temperature=0, max_new_tokens=2) == lm.generate(
+    ["the sky"] * 4, temperature=0, max_new_tokens=2
 )
 assert lm.preprocessor.tokenizer(tf.constant("the sky")).shape[0] == len(
     lm.preprocessor.tokenizer("the sky")
