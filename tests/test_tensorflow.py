@@ -82,8 +82,7 @@ assert lm.generate(texts, temperature=0, max_new_tokens=2) == lm.generate(
 assert lm.preprocessor.tokenizer(tf.constant("the sky")).shape[0] == len(
     lm.preprocessor.tokenizer("the sky")
 )
-config = keras.saving.serialize_keras_object(tf.TensorShape([1, 2]))
-assert config["class_name"] == "TensorShape", config
+assert keras.saving.serialize_keras_object(tf.TensorShape([1, 2])) == [1, 2]
 """
 
 
