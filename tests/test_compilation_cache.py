@@ -144,7 +144,7 @@ class OwnSampler(keras_hub.samplers.RandomSampler):
 def test_a_warm_up_draws_no_random_numbers():
     texts = []
     for warms_up in (False, True):
-        lm = keras_bwetaf.from_preset("tiny", num_layers=1)
+        lm = keras_bwetaf.from_preset("tiny")
         lm.compile(sampler=OwnSampler(seed=3))
         if warms_up:
             lm.warm_up(max_new_tokens=4)
