@@ -1,7 +1,9 @@
 """How long new processes take to start, next to `import keras_hub`.
 
 Prints medians of the wall time of whole processes, which take turns, their
-ratio to `import keras_hub`, and the peak of resident memory.
+ratio to `import keras_hub`, and the peak of resident memory. Linux counts a
+process at no less than the one that started it: this one has `keras_bwetaf`
+imported, so smaller peaks than that are shown as that.
 """
 
 import argparse
