@@ -3,20 +3,11 @@
 Imported first by `keras_bwetaf`, for its effects.
 """
 
-import contextlib
 import os
-import re
 import sys
-import tempfile
+from pathlib import Path
 
-# What TensorFlow, which KerasHub imports, writes to the terminal by itself.
-# No environment variable turns it off.
-_CHATTER = re.compile(
-    r"WARNING: All log messages before absl::InitializeLog"
-    r"|[IWE]\d{4} [\d:. ]+ (port|cudart_stub|cuda_\w+|computation_placer"
-    r"|cpu_feature_guard)\.cc:"
-    r"|To enable the following instructions: "
-)
+from keras_bwetaf import _later
 
 
 def choose_backend():
@@ -39,43 +30,11 @@ def choose_backend():
         )
 
 
-@contextlib.contextmanager
-def without_chatter():
-    """Keeps TensorFlow's own log lines from the terminal, and only those."""
-    try:
-        terminal = os.dup(2)
-    except OSError:  # No standard error, as under pythonw.
-        yield
-        return
-    with tempfile.TemporaryFile() as written:
-        sys.stderr.flush()
-        os.dup2(written.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
-            written.seek(0)
-            for line in written.read().decode(errors="replace").splitlines():
-                if not _CHATTER.match(line):
-                    print(line, file=sys.stderr)
-
-
-def import_keras_hub():
-    """Imports KerasHub, and keeps the TensorFlow it brings off the GPU."""
-    # Whoever imported TensorFlow without KerasHub has a use for it.
-    is_ours = "tensorflow" not in sys.modules or "keras_hub" in sys.modules
-    # TensorFlow only cuts texts into batches here, and complains of oneDNN.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    with without_chatter():
-        import keras_hub  # noqa: F401
-
-        tensorflow = sys.modules.get("tensorflow")
-        if is_ours and tensorflow is not None:
-            with contextlib.suppress(RuntimeError):  # It is in use already.
-                tensorflow.config.set_visible_devices([], "GPU")
+def is_command_line():
+    """Whether this process was started as the command `keras-bwetaf`."""
+    # An embedded interpreter has no arguments.
+    return Path([*sys.argv, ""][0]).stem == "keras-bwetaf"
 
 
 choose_backend()
-import_keras_hub()
+_later.postpone()

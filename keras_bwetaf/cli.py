@@ -28,9 +28,7 @@ from converters.architectures import tensors
 from converters.errors import printable
 from keras_bwetaf import preset_files
 from keras_bwetaf.run import folder as run_folder
-from keras_bwetaf.run import runner
 from keras_bwetaf.run.settings import TrainingSettings, read_settings
-from keras_bwetaf.training import plot_losses
 
 app = typer.Typer(
     help="The BwETAFv3 language model in Keras.",
@@ -137,6 +135,8 @@ def generate(
     if not prompt:
         raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
 
+    preset_files.check_preset(preset, revision)
+    keras_bwetaf.enable_compilation_cache()
     try:
         keras_bwetaf.BwETAFSampler(**settings)
     except ValueError as error:
@@ -333,8 +333,9 @@ def train(
     if message:
         print(message)
         return
+    keras_bwetaf.enable_compilation_cache()
     with _second_interrupt_exits():
-        runner.train(run, **given)
+        keras_bwetaf.train(run, **given)
 
 
 @contextlib.contextmanager
@@ -391,7 +392,7 @@ def plot(
     ] = None,
 ):
     """Plot the losses of the run in RUN."""
-    print(plot_losses(run, output))
+    print(keras_bwetaf.training.plot_losses(run, output))
 
 
 @contextlib.contextmanager

@@ -150,6 +150,11 @@ def preset_folder(preset, revision=None, weights=True):
     )
 
 
+def check_preset(preset, revision=None):
+    """Raises `from_preset`'s errors of a preset that there cannot be."""
+    _repository(preset, revision)
+
+
 def cached_folder(preset, revision=None):
     """The local folder of a preset that is ready to load; no network.
 

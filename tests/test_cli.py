@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import shlex
 import shutil
@@ -58,6 +59,48 @@ def run(monkeypatch, capfd):
 
 def test_version(run):
     assert run("--version") == (0, version("keras-bwetaf") + "\n", "")
+
+
+# The installed script does the same, and has the same name.
+ANSWERS = """
+import sys
+status = 0
+sys.argv[0] = "bin/keras-bwetaf"
+from keras_bwetaf.cli import main
+for arguments in [
+    ["--version"], ["--help"], ["generate", "--help"], ["train", "--help"],
+    ["info", "tiny"], ["info", "97m"], ["generate", "--top-p", "2", "a"],
+    ["generate", "--preset", "98m", "a"], ["generate", ""], ["continue"],
+    ["train", "run"], ["train", FINISHED],
+]:
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except SystemExit:
+        pass
+    heavy = {"jax", "keras", "keras_hub", "tensorflow"} & sys.modules.keys()
+    assert not heavy, (arguments, heavy)
+"""
+
+
+@pytest.mark.fast
+def test_what_needs_no_model_loads_neither_keras_nor_jax(tmp_path):
+    finished = tmp_path / "finished"
+    (finished / "model").mkdir(parents=True)
+    (finished / "config.yaml").write_text("data: a.txt\nsteps: 20\n")
+    models = {"model": {"step": 20, "val_loss": 1.5}}
+    result = json.dumps({"steps": 20, "models": models})
+    (finished / "result.json").write_text(result)
+    done = subprocess.run(
+        [sys.executable, "-c", f"FINISHED = {str(finished)!r}\n{ANSWERS}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Finished: 20 steps." in done.stdout
+    assert "97,609,728" in done.stdout and "2,629,632" in done.stdout
 
 
 def test_generate_prints_the_prompt_and_what_follows(run, folder):
@@ -330,7 +373,7 @@ def test_train_and_plot(folder, corpus, tmp_path, run, monkeypatch):
     assert from_preset(run_folder / "model").backbone.num_layers == 1
 
     with monkeypatch.context() as patched:
-        patched.setattr("keras_bwetaf.run.runner.train", pytest.fail)
+        patched.setattr("keras_bwetaf.train", pytest.fail)
         status, output, _ = run("train", run_folder)
         assert status == 0 and output.startswith("Finished: 2 steps.\n")
         for line in output.splitlines():
@@ -368,7 +411,7 @@ def test_options_of_train(tmp_path, run, monkeypatch):
     """Lists and tables are put together from several options."""
     received = {}
     monkeypatch.setattr(
-        "keras_bwetaf.run.runner.train",
+        "keras_bwetaf.train",
         lambda folder, **settings: received.update(settings),
     )
     status, *_ = run(
@@ -426,7 +469,7 @@ def test_a_training_that_fails(tmp_path, run, monkeypatch, kind):
     def fail(*_, **__):
         raise kind("the loss is not finite")
 
-    monkeypatch.setattr("keras_bwetaf.run.runner.train", fail)
+    monkeypatch.setattr("keras_bwetaf.train", fail)
     command = ["train", tmp_path, "--data", "a.txt", "--steps", 20]
     status, _, complaints = run(*command)
     assert status == 1

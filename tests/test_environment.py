@@ -31,7 +31,7 @@ def test_import_is_silent_and_chooses_jax():
 
 def test_what_is_not_tensorflows_chatter_is_shown():
     done = run(
-        "import os; from keras_bwetaf._environment import without_chatter\n"
+        "import os; from keras_bwetaf._later import without_chatter\n"
         "with without_chatter():\n"
         "    os.write(2, b'W0000 00:00:1.5 7 port.cc:153] oneDNN is on\\n')\n"
         "    os.write(2, b'Segmentation fault\\n')\n"

@@ -14,9 +14,9 @@ PACKAGES = ("keras_bwetaf", "converters")
 # Runs in the folder of other packages that carry PyTorch's code: it imports
 # PyTorch, which not everybody has.
 TRAVELS = "converters.transformers_model"
-# Optional, but for JAX and KerasHub, which are slow.
+# Optional, but for JAX, Keras and KerasHub, which are slow.
 WITHIN_FUNCTIONS = (
-    *("converters", "grain", "jax", "keras_bwetaf", "keras_hub"),
+    *("converters", "grain", "jax", "keras", "keras_bwetaf", "keras_hub"),
     *("IPython", "matplotlib", "pyarrow", "tensorflow", "torch"),
 )
 # One process has other people's packages ready. Each of its children imports

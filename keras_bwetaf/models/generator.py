@@ -1,5 +1,6 @@
 """How a causal LM continues prompts: batches, streaming, stop strings."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Unpack, overload
 
@@ -19,6 +20,7 @@ from keras_bwetaf.generation.request import (
     make_request,
     seeds_of_batches,
 )
+from keras_bwetaf.generation.sampling import BwETAFSampler
 from keras_bwetaf.generation.streaming import TextStream
 
 # Often enough that a keyboard interrupt is answered within a second or two,
@@ -326,6 +328,63 @@ class Generator(keras_hub.models.CausalLM):
             request, as_stop_strings(stop_strings), tokens_per_dispatch
         )
         return (piece for (piece,) in pieces if piece)
+
+    def warm_up(
+        self,
+        prompt_lengths: Sequence[int] = (1,),
+        batch_sizes: Sequence[int] = (1,),
+        *,
+        max_new_tokens: int = 128,
+    ) -> None:
+        """Compiles what `generate` and `stream` run, before the first prompt.
+
+        That is the prompt pass and the decode loop, for each length together
+        with each batch size. Shapes are rounded up, so one program serves
+        many calls: prompts of 1 to 64 tokens, of 65 to 128, and so on in
+        doublings; batches in powers of two; caches in steps of an eighth of
+        their size. What comes later with the same rounded shapes compiles
+        nothing: other prompts, seeds, settings of the sampler, and up to eight
+        stop tokens. With `keras_bwetaf.enable_compilation_cache()`, the next
+        process compiles nothing, either.
+
+        Args:
+            prompt_lengths: list of int. Tokens of the longest prompt of a
+                batch.
+            batch_sizes: list of int. Prompts that are continued together.
+            max_new_tokens: int. As `generate` will be called with it.
+
+        Raises:
+            ValueError: If a length or size is no positive int, or more than
+                the model can see.
+
+        Example:
+
+        ```python
+        lm.warm_up([64, 512], batch_sizes=[1, 8], max_new_tokens=256)
+        ```
+        """
+        decoder = self.make_generate_function()
+        for length, size in itertools.product(prompt_lengths, batch_sizes):
+            length = positive_int("prompt_lengths", length)
+            size = positive_int("batch_sizes", size)
+            request = make_request(
+                self,
+                [[0] * length] * size,
+                max_length=None,
+                stop_token_ids=None,
+                max_new_tokens=max_new_tokens,
+                truncation=None,
+                seed=0 if isinstance(self.sampler, BwETAFSampler) else None,
+                sampling={},
+            )
+            state = [variable.value for variable in self.sampler.variables]
+            steps = Generation(decoder, request).run(tokens_per_dispatch=1)
+            for _ in itertools.islice(steps, 2):  # The prompt and a token.
+                pass
+            for variable, value in zip(
+                self.sampler.variables, state, strict=True
+            ):
+                variable.assign(value)
 
     def _generate_text(self, request, stop_strings, tokens_per_dispatch):
         """Yields the next piece of text of every row."""

@@ -10,6 +10,7 @@ import keras_hub
 
 from converters import keras_folder
 from converters.files import read_bytes, read_json
+from keras_bwetaf._later import stand_ins
 from keras_bwetaf.exchange.weights import assign, check_changes
 from keras_bwetaf.layers.initializers import skip_initialization
 
@@ -165,7 +166,12 @@ def _from_keras(base, cls, files, **arguments):
             holds.
     """
     try:
-        return base.from_preset.__func__(cls, str(files.folder), **arguments)
+        with stand_ins(
+            "keras_hub"
+        ):  # KerasHub would ask TensorFlow about the folder.
+            return base.from_preset.__func__(
+                cls, str(files.folder), **arguments
+            )
     except (MemoryError, OSError, ValueError):
         raise
     except Exception as error:

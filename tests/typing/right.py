@@ -24,6 +24,8 @@ pieces: Iterator[str] = lm.stream("Once", max_new_tokens=8, top_k=50)
 optimizer = keras_bwetaf.recipe("small", total_steps=100, warmup=0.1)
 lm.compile(optimizer, remat=["none", "full"], steps_per_execution=1)
 lm.compile(sampler=keras_bwetaf.BwETAFSampler(top_p=0.9), jit_compile=True)
+lm.warm_up([64], batch_sizes=[1, 8], max_new_tokens=32)
+keras_bwetaf.enable_compilation_cache("programs", max_size=10**9)
 
 tokenizer = keras_bwetaf.BwETAFTokenizer.from_preset("tiny")
 report = pack(["a text"], "packed", tokenizer, validation_fraction=0.1)
