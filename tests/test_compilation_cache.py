@@ -120,8 +120,9 @@ def test_after_a_warm_up_generate_compiles_nothing(caplog):
     compiled = "Finished XLA compilation of jit({})"
     with jax.log_compiles():
         lm.warm_up([20], batch_sizes=[1, 10], max_new_tokens=10)
-        for name in ("_prefill_step", "_decode_steps"):
-            assert caplog.text.count(compiled.format(name)) == 2
+        # Of 16 rows, 4 and then 1 may remain.
+        for name, count in (("_prefill_step", 2), ("_decode_steps", 3)):
+            assert caplog.text.count(compiled.format(name)) == count
         assert np.random.get_state()[1].tolist() == state
         caplog.clear()
         lm.generate("Once", max_new_tokens=10)
@@ -129,6 +130,9 @@ def test_after_a_warm_up_generate_compiles_nothing(caplog):
         lm.generate("It is", max_new_tokens=10, temperature=0, top_k=3, seed=1)
         lm.generate("It is", max_new_tokens=9, stop_token_ids=[5, 6, 7])
         lm.generate(["Once", "A day"] * 6, max_new_tokens=10)
+        lm.generate(
+            ["Once", "A day"] * 6, stop_strings=["a", "e"], max_new_tokens=10
+        )
         assert list(lm.stream("There was", max_new_tokens=10))
         assert "XLA compilation" not in caplog.text
     with pytest.raises(ValueError, match="no room for 10 new tokens"):

@@ -11,7 +11,11 @@ import numpy as np
 from keras_bwetaf.arguments import Sampling, Seed, TextDataset
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.generation.decoding import Decoder
-from keras_bwetaf.generation.generation import Generation
+from keras_bwetaf.generation.generation import (
+    COMPACTION,
+    Generation,
+    bucket,
+)
 from keras_bwetaf.generation.request import (
     as_prompts,
     as_stop_strings,
@@ -22,6 +26,7 @@ from keras_bwetaf.generation.request import (
 )
 from keras_bwetaf.generation.sampling import BwETAFSampler
 from keras_bwetaf.generation.streaming import TextStream
+from keras_bwetaf.layers.sharding import num_row_groups
 
 # Often enough that a keyboard interrupt is answered within a second or two,
 # seldom enough to cost nothing.
@@ -340,9 +345,10 @@ class Generator(keras_hub.models.CausalLM):
 
         That is the prompt pass and the decode loop, for each length together
         with each batch size. Shapes are rounded up, so one program serves
-        many calls: prompts of 1 to 64 tokens, of 65 to 128, and so on in
-        doublings; batches in powers of two; caches in steps of an eighth of
-        their size. What comes later with the same rounded shapes compiles
+        many calls: prompts of 1 to 64 tokens, to 96, 128, 192, 256, and so
+        on; batches in powers of two; caches in steps of an eighth of their
+        size. The smaller batches that remain when rows have ended are
+        compiled, too. What comes later with the same rounded shapes compiles
         nothing: other prompts, seeds, settings of the sampler, and up to eight
         stop tokens. With `keras_bwetaf.enable_compilation_cache()`, the next
         process compiles nothing, either.
@@ -377,9 +383,14 @@ class Generator(keras_hub.models.CausalLM):
                 seed=0 if isinstance(self.sampler, BwETAFSampler) else None,
                 sampling={},
             )
+            # Rows end one after the other, for the batch to shrink.
+            padded = bucket(size, num_row_groups())
+            sizes = [padded // COMPACTION**i for i in range(size.bit_length())]
+            limits = [1 + sum(i < n for n in sizes) for i in range(size)]
+            limits = [min(limit, max_new_tokens) for limit in limits]
+            request = request._replace(limits=limits)
             state = [variable.value for variable in self.sampler.variables]
-            steps = Generation(decoder, request).run(tokens_per_dispatch=1)
-            for _ in itertools.islice(steps, 2):  # The prompt and a token.
+            for _ in Generation(decoder, request).run(tokens_per_dispatch=1):
                 pass
             for variable, value in zip(
                 self.sampler.variables, state, strict=True
