@@ -316,10 +316,12 @@ CACHES = {
 
 def test_a_device_has_the_cache_of_its_rows_and_heads(received):
     rows, heads = CACHES[received.name]
-    for each in jax.tree.leaves(received.cache):
-        num_slots = each.shape[1]
-        shape = {x.data.shape for x in each.addressable_shards}
-        assert shape == {(rows * heads, num_slots, 4)}
+    for keys, values in received.cache:
+        num_slots = values.shape[1]
+        shapes = {x.data.shape for x in keys.addressable_shards}
+        assert shapes == {(rows * heads, 4, num_slots)}
+        shapes = {x.data.shape for x in values.addressable_shards}
+        assert shapes == {(rows * heads, num_slots, 4)}
 
 
 def test_optimizer_state_is_split_as_the_weights(received):

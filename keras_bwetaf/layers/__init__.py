@@ -3,7 +3,6 @@ from keras_bwetaf.layers.feed_forward import FeedForward
 from keras_bwetaf.layers.grouped_query_attention import GroupedQueryAttention
 from keras_bwetaf.layers.rms_normalization import RMSNormalization
 from keras_bwetaf.layers.rotary_embedding import RotaryEmbedding
-from keras_bwetaf.layers.token_embedding import TokenEmbedding
 from keras_bwetaf.layers.transformer_block import TransformerBlock
 
 __all__ = [
@@ -11,7 +10,6 @@ __all__ = [
     "GroupedQueryAttention",
     "RMSNormalization",
     "RotaryEmbedding",
-    "TokenEmbedding",
     "TransformerBlock",
     "attention_kernel",
     "chosen_attention",

@@ -10,7 +10,6 @@ from keras_bwetaf.layers import (
     FeedForward,
     GroupedQueryAttention,
     RotaryEmbedding,
-    TokenEmbedding,
     TransformerBlock,
     initializers,
 )
@@ -178,7 +177,7 @@ class BwETAFBackbone(DecoderBackbone):
 
 def _token_embedding(config, dtype):
     stddev = config.embedding_initializer_range or config.hidden_dim**-0.5
-    return TokenEmbedding(
+    return keras.layers.ReversibleEmbedding(
         config.vocabulary_size,
         config.hidden_dim,
         embeddings_initializer=initializers.normal(stddev),

@@ -8,10 +8,12 @@ from typing import Any, Self, Unpack
 import jax
 import keras
 from jax.typing import ArrayLike
+from keras import ops
 
 from keras_bwetaf.arguments import BackboneConfig, DType, PathLike
 from keras_bwetaf.checks import checked_number, is_number, positive_int
-from keras_bwetaf.layers import TokenEmbedding, TransformerBlock
+from keras_bwetaf.layers import TransformerBlock
+from keras_bwetaf.layers.dense import product
 from keras_bwetaf.models.loading import is_left_to_keras_hub, load_backbone
 from keras_bwetaf.models.lora import LoraBackbone
 from keras_bwetaf.models.quantization import only_what_can_be
@@ -37,7 +39,7 @@ class DecoderBackbone(LoraBackbone):
     with a cache.
 
     Args:
-        token_embedding: `TokenEmbedding`. The head, too.
+        token_embedding: `keras.layers.ReversibleEmbedding`. The head, too.
         transformer_layers: list of `TransformerBlock`.
         embedding_rotary: layer or `None`. Gives the embeddings positions;
             called as `RotaryEmbedding` is.
@@ -62,7 +64,7 @@ class DecoderBackbone(LoraBackbone):
     def __init__(
         self,
         *,
-        token_embedding: TokenEmbedding,
+        token_embedding: keras.layers.ReversibleEmbedding,
         transformer_layers: list[TransformerBlock],
         config: Mapping[str, Any],
         embedding_rotary: keras.layers.Layer | None = None,
@@ -171,7 +173,15 @@ class DecoderBackbone(LoraBackbone):
         Returns:
             float tensor `(batch, length, vocabulary_size)`.
         """
-        return self.token_embedding(hidden_states, reverse=True)
+        embedding = self.token_embedding
+        is_symbolic = isinstance(hidden_states, keras.KerasTensor)
+        if is_symbolic or embedding.quantization_mode is not None:
+            return embedding(hidden_states, reverse=True)
+        dtype = embedding.compute_dtype
+        return product(
+            ops.cast(hidden_states, dtype),
+            ops.cast(embedding.embeddings, dtype),
+        )
 
     def quantize(self, mode: str | None = None, **kwargs: Any) -> None:
         """Quantizes the weights. See `keras.Model.quantize`."""

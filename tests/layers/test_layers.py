@@ -14,7 +14,6 @@ from keras_bwetaf.layers import (
     GroupedQueryAttention,
     RMSNormalization,
     RotaryEmbedding,
-    TokenEmbedding,
     TransformerBlock,
 )
 from keras_bwetaf.layers.dense import product
@@ -355,12 +354,3 @@ def test_one_token_reads_the_cache_as_several_do(dtype):
         )
         assert alone.dtype == dtype
         assert relative_l2(alone[0], together[i]) < tolerance
-
-
-def test_token_embedding_is_the_head():
-    layer = TokenEmbedding(30, 8)
-    logits = layer(random(2, 1, 8), reverse=True)
-    expected = random(2, 1, 8) @ layer.embeddings.numpy().T
-    assert relative_l2(logits, expected) < 1e-6
-    copied = TokenEmbedding.from_config(layer.get_config())
-    assert copied.get_config() == layer.get_config()

@@ -12,7 +12,6 @@ from keras_bwetaf.layers import (
     FeedForward,
     GroupedQueryAttention,
     RMSNormalization,
-    TokenEmbedding,
     TransformerBlock,
 )
 from keras_bwetaf.models.decoder import DecoderBackbone, per_layer
@@ -74,7 +73,7 @@ class OtherBackbone(DecoderBackbone):
         )
         config = types.SimpleNamespace(**arguments)
         super().__init__(
-            token_embedding=TokenEmbedding(
+            token_embedding=keras.layers.ReversibleEmbedding(
                 vocabulary_size,
                 hidden_dim,
                 dtype=dtype,
