@@ -227,16 +227,15 @@ class _Finder(MetaPathFinder):
         "tensorflow": _quiet_and_off_gpus,
     }
 
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name not in cls.contexts:
+    def find_spec(self, name, path=None, target=None):
+        if name not in self.contexts:
             return None
         spec = PathFinder.find_spec(name, path)
         if spec is not None and spec.has_location:
             loader, execute = spec.loader, spec.loader.exec_module
 
             def exec_module(module):
-                with cls.contexts[name]():
+                with self.contexts[name]():
                     execute(module)
 
             loader.exec_module = exec_module
@@ -252,4 +251,4 @@ def postpone():
     # Whoever imported TensorFlow without KerasHub has a use for it.
     if {"keras_hub", "tensorflow"} <= sys.modules.keys():
         keep_off_gpus()
-    sys.meta_path.insert(0, _Finder)
+    sys.meta_path.insert(0, _Finder())
