@@ -26,6 +26,8 @@ from keras_bwetaf.distribution import (
     model_parallel,
 )
 from keras_bwetaf.exchange.export import as_checkpoint
+from keras_bwetaf.generation.generation import Generation
+from keras_bwetaf.generation.request import make_request
 from keras_bwetaf.layers import attention_kernel
 from keras_bwetaf.training import TrainingCheckpoint
 from tests.models.test_fit import compiled_step
@@ -214,6 +216,55 @@ def assert_same_losses(received, expected):
     print(f"losses differ by {difference:.1e}")
     assert len(received) == len(expected)
     assert difference < 1e-5
+
+
+# === Batches that shrink ===
+
+
+def shrinking_batch(name):
+    """32 rows of which 24 end first; the tokens, and the sizes of batches."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 300, 5 + i).tolist() for i in range(32)]
+    limits = [12 if i % 4 == 1 else 3 for i in range(32)]
+    with scope(name):
+        lm = make_lm()
+        request = make_request(
+            lm,
+            prompts,
+            max_length=None,
+            max_new_tokens=12,
+            stop_token_ids=None,
+            truncation=None,
+            seed=1,
+            sampling={"temperature": 0.8},
+        )._replace(limits=limits)
+        decoder, sizes = lm.make_generate_function(), []
+        decode = decoder.decode
+
+        def recorded(state, *arguments):
+            sizes.append(len(state.done))
+            return decode(state, *arguments)
+
+        decoder.decode = recorded
+        rows = [[] for _ in prompts]
+        for fresh in Generation(decoder, request).run(64):
+            for row, tokens in zip(rows, fresh, strict=True):
+                row.extend(tokens)
+    return rows, sizes
+
+
+@pytest.fixture(scope="module")
+def shrinking_on_one_device():
+    return shrinking_batch("one device")
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_rows_of_a_smaller_batch_keep_their_cache(
+    name, shrinking_on_one_device
+):
+    rows, sizes = shrinking_batch(name)
+    assert sizes == [32, 8]
+    assert (rows, sizes) == shrinking_on_one_device
 
 
 # === The card's configuration, under every strategy ===

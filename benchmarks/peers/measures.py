@@ -22,7 +22,11 @@ __all__ = ["KINDS", "Measures", "Shape", "take_turns"]
 
 KINDS = ("decode", "prefill", "ragged", "memory", "start")
 RAGGED = dict(shortest=8, longest=400, new=128)
-COMMAND_LINE = "from keras_bwetaf.cli import main; main()"
+# What the installed script does, under its name: the package imports less then.
+COMMAND_LINE = (
+    "import sys; sys.argv[0] = 'keras-bwetaf'\n"
+    "from keras_bwetaf.cli import main; main()"
+)
 
 
 class Shape(NamedTuple):

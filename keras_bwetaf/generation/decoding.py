@@ -50,7 +50,7 @@ class Decoder:
         self._sampler = lm.sampler
         self._prefill = jax.jit(self._prefill_step, static_argnums=1)
         self._decode = jax.jit(self._decode_steps, donate_argnums=1)
-        self._keep_rows = jax.jit(_of_rows)
+        self._keep_rows = jax.jit(self._of_rows)
 
     def prefill(self, num_slots, token_ids, state, settings):
         """Reads all prompts in one pass and chooses the first new token.
@@ -78,7 +78,7 @@ class Decoder:
         self._keep(random_state)
         return state
 
-    def decode(self, state, settings, num_steps, fewest=0):
+    def decode(self, state, settings, num_steps, fewest):
         """Makes up to `num_steps` more tokens in one dispatch.
 
         Args:
@@ -204,6 +204,18 @@ class Decoder:
 
         return _readable(jax.lax.while_loop(more, step, (state, random_state)))
 
+    def _of_rows(self, state, rows):
+        return state._replace(
+            cache=self._lm.backbone.cache_of_rows(
+                state.cache, len(state.done), rows
+            ),
+            prompt_lengths=state.prompt_lengths[rows],
+            limits=state.limits[rows],
+            tokens=replicated(state.tokens[rows]),
+            done=state.done[rows],
+            seen=state.seen[rows],
+        )
+
     def _add_token(self, state, logits, settings, random_state):
         """Chooses a token for every row and appends it."""
         if settings is not None:
@@ -235,24 +247,6 @@ class Decoder:
             token = sampler.get_next_token(probabilities)
         random_state = [scope.get_current_value(v) for v in sampler.variables]
         return token.astype("int32"), random_state
-
-
-def _of_rows(state, rows):
-    """The state of some rows of a batch: see `Decoder.keep_rows`."""
-    batch_size = len(state.done)
-
-    def with_heads(x):  # (batch * heads, ...), as `make_cache` says
-        x = jnp.reshape(x, (batch_size, -1, *x.shape[1:]))[rows]
-        return jnp.reshape(x, (-1, *x.shape[2:]))
-
-    return state._replace(
-        cache=jax.tree.map(with_heads, state.cache),
-        prompt_lengths=state.prompt_lengths[rows],
-        limits=state.limits[rows],
-        tokens=replicated(state.tokens[rows]),
-        done=state.done[rows],
-        seen=state.seen[rows],
-    )
 
 
 def _readable(state_and_random_state):

@@ -97,19 +97,20 @@ class Generation:
             num_shown = num_tokens
             if self.finished.all():
                 return
-            # A sampler of the user's own may draw for the batch as a whole.
-            if settings is not None:
-                rows, state, settings = self._compacted(rows, state, settings)
+            rows, state, settings = self._compacted(rows, state, settings)
             done = (rows < 0) | self.finished[rows]
             state = self._decoder.decode(
                 state._replace(done=done),
                 settings,
                 num_steps,
-                fewest=0 if settings is None else self._fewest(len(rows)),
+                self._fewest(len(rows)),
             )
 
     def _fewest(self, num_rows):
         """A batch of as many unfinished rows, or fewer, is to be compacted."""
+        if self._request.settings is None:
+            # A sampler of the user's own may draw for the batch as a whole.
+            return 0
         smaller = num_rows // COMPACTION
         return smaller if smaller >= num_row_groups() else 0
 
@@ -120,7 +121,7 @@ class Generation:
             rows: int numpy array `(batch,)`. The request's row that each row
                 of the batch is, -1 for padding.
             state: `GenerationState`.
-            settings: `SamplingSettings`.
+            settings: `SamplingSettings` or `None`.
 
         Returns:
             Tuple of the three, for a batch that may be smaller.

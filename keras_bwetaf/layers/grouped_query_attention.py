@@ -15,6 +15,7 @@ from keras_bwetaf.layers.sharding import (
     device_axes,
     num_pair_shards,
     shard_mapped,
+    size_of_axes,
 )
 
 PARTS = ("query_rotary", "key_rotary")
@@ -133,6 +134,41 @@ class GroupedQueryAttention(keras.layers.Layer):
             ops.zeros((num_rows, self.head_dim, num_slots), self.compute_dtype),
             ops.zeros((num_rows, num_slots, self.head_dim), self.compute_dtype),
         )
+
+    def cache_of_rows(
+        self,
+        cache: tuple[jax.Array, jax.Array],
+        batch_size: int,
+        rows: ArrayLike,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The cache of some rows of a batch.
+
+        Args:
+            cache: As `make_cache` returns it.
+            batch_size: int.
+            rows: int array. Its size must be a multiple of the number of
+                data-parallel groups.
+
+        Returns:
+            As `make_cache` does.
+        """
+        row_axes, head_axes = device_axes(batch_size, self.num_key_value_heads)
+        num_groups, num_shards = size_of_axes(row_axes), size_of_axes(head_axes)
+
+        def of_rows(x):
+            rest = (-1, *x.shape[1:])
+            # A device's rows and heads are together: see `make_cache`.
+            x = jnp.reshape(
+                x, (num_groups, num_shards, batch_size // num_groups, *rest)
+            )
+            x = jnp.swapaxes(x, 1, 2)  # (groups, rows, shards, heads, ...)
+            x = jnp.reshape(x, (batch_size, num_shards, *rest))[rows]
+            x = jnp.reshape(
+                x, (num_groups, len(rows) // num_groups, num_shards, *rest)
+            )
+            return jnp.reshape(jnp.swapaxes(x, 1, 2), rest)
+
+        return tuple(map(of_rows, cache))
 
     def call(
         self,

@@ -1,3 +1,4 @@
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax.typing import ArrayLike
 from keras_bwetaf.layers.rounding import round_to
 
 
+@functools.cache  # Of all layers: each call would compile anew.
 def inverse_frequencies(width: int, max_wavelength: float) -> np.ndarray:
     """Frequencies at which the pairs of a vector turn, per position.
 

@@ -54,7 +54,7 @@ def num_pair_shards(num_key_value_heads: int) -> int:
         int: the number of devices on the model axes, or 1 if half the heads
         are no multiple of it.
     """
-    num_shards = _size(model_axes())
+    num_shards = size_of_axes(model_axes())
     return num_shards if num_key_value_heads % (2 * num_shards) == 0 else 1
 
 
@@ -94,8 +94,8 @@ def device_axes(
         return (), ()
     rows, heads = (distribution.batch_dim_name,), model_axes()
     return (
-        rows if batch_size % _size(rows) == 0 else (),
-        heads if num_heads % _size(heads) == 0 else (),
+        rows if batch_size % size_of_axes(rows) == 0 else (),
+        heads if num_heads % size_of_axes(heads) == 0 else (),
     )
 
 
@@ -117,7 +117,7 @@ def split_heads(
         Tuple of the three.
     """
     num_query_heads, num_heads = query.shape[2], key.shape[2]
-    num_shards = _size(model_axes())
+    num_shards = size_of_axes(model_axes())
     if num_query_heads % num_shards or num_shards == 1:
         return query, key, value
     if num_pair_shards(num_heads) == 1:
@@ -256,5 +256,6 @@ def _swap(x, axis, sizes):
     return jnp.reshape(x_parts, x.shape)
 
 
-def _size(axes):
+def size_of_axes(axes: Sequence[str]) -> int:
+    """The number of devices on axes of the mesh together."""
     return math.prod(mesh().shape[axis] for axis in axes)

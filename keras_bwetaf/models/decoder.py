@@ -164,6 +164,17 @@ class DecoderBackbone(LoraBackbone):
             for block in self.transformer_layers
         ]
 
+    def cache_of_rows(
+        self, cache: Cache, batch_size: int, rows: ArrayLike
+    ) -> Cache:
+        """The caches of some rows: see `GroupedQueryAttention`."""
+        return [
+            block.attention.cache_of_rows(layer_cache, batch_size, rows)
+            for block, layer_cache in zip(
+                self.transformer_layers, cache, strict=True
+            )
+        ]
+
     def head(self, hidden_states: ArrayLike) -> jax.Array:
         """Logits: the product of hidden states and token embeddings.
 

@@ -166,9 +166,8 @@ def _from_keras(base, cls, files, **arguments):
             holds.
     """
     try:
-        with stand_ins(
-            "keras_hub"
-        ):  # KerasHub would ask TensorFlow about the folder.
+        # KerasHub would ask TensorFlow about the folder.
+        with stand_ins("keras_hub"):
             return base.from_preset.__func__(
                 cls, str(files.folder), **arguments
             )
