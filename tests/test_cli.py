@@ -348,6 +348,7 @@ def test_advice_on_invalid_text_is_an_option(folder, tmp_path, run):
     assert "a multiple of 8" in complaints  # Of devices; it is known.
 
 
+@pytest.mark.slow
 def test_train_and_plot(folder, corpus, tmp_path, run, monkeypatch):
     settings = tmp_path / "settings.toml"
     settings.write_text(

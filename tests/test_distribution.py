@@ -552,6 +552,7 @@ def test_layouts():
 
 
 @no_quantize_warning
+@pytest.mark.slow
 def test_every_variable_matches_one_pattern():
     layout_map = fully_sharded()._layout_map
     for _, backbone in backbones():

@@ -47,9 +47,11 @@ CACHE_NAME = (
     if "cache" in BaseModelOutputWithPast.__dataclass_fields__
     else "past_key_values"
 )
-# Keywords for the loss, for attention and for continuous batching.
+# Keywords for the loss, for attention and for continuous batching; and what
+# `generate` has used for stop strings and hands on.
 KEYWORDS = frozenset(
     {
+        "tokenizer",
         *TransformersKwargs.__annotations__,
         *PagedAttentionArgs.__annotations__,
         *inspect.signature(ForCausalLMLoss).parameters,

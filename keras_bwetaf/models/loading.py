@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -154,8 +155,20 @@ def warn_of_no_tokenizer(preset, reason):
         f"The model has no preprocessor, because its tokenizer is not at "
         f"hand. {reason} Received: preset={os.fspath(preset)!r}",
         UserWarning,
-        stacklevel=4,  # Who called `keras_bwetaf.from_preset`.
+        stacklevel=_level_of_caller(),
     )
+
+
+def _level_of_caller():
+    """`stacklevel` of the code outside of the package, for whoever calls this.
+
+    There is more than one way in: `keras_bwetaf.from_preset`, and the classes'.
+    """
+    package = __name__.partition(".")[0] + "."
+    frame, level = sys._getframe(1), 1
+    while frame.f_globals["__name__"].startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _from_keras(base, cls, files, **arguments):

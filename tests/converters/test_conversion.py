@@ -124,6 +124,7 @@ def test_small_models_hold_what_they_should():
         assert 0 < array[0, 1] < ml_dtypes.finfo(dtype).tiny
 
 
+@pytest.mark.slow
 def test_model_that_the_original_saved(save_flax, tmp_path):
     source = save_flax(
         dtype="bfloat16",

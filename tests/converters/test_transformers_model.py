@@ -168,7 +168,9 @@ def test_frequencies_are_those_of_keras(width, theta):
     [
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"gqa_repeats": 4}, marks=pytest.mark.slow),
-        {"num_heads": [2, 4, 8], "num_blocks": 3},
+        pytest.param(
+            {"num_heads": [2, 4, 8], "num_blocks": 3}, marks=pytest.mark.slow
+        ),
         {"num_heads": 5, "attention_dim": 35, "gqa_repeats": 1, "ff_dim": 47},
     ],
     ids=["plain", "one-key-head", "heads-by-layer", "odd-no-repeats"],

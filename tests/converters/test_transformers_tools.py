@@ -48,6 +48,17 @@ def model():
     return BwETAFForCausalLM(BwETAFConfig(**SMALL, eos_token_id=None)).eval()
 
 
+@pytest.fixture
+def tokenizer():
+    """Each token is its number, as a word."""
+    vocabulary = {"<|EOS|>": 0} | {str(i): i for i in range(1, 512)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, "<|EOS|>")),
+        eos_token="<|EOS|>",
+        pad_token="<|EOS|>",
+    )
+
+
 def random_ids(*shape, seed=0):
     ids = np.random.default_rng(seed).integers(1, 512, shape)
     return torch.from_numpy(ids)
@@ -375,15 +386,9 @@ def test_peft(model, tmp_path):
 
 
 @pytest.mark.filterwarnings(OLD_NAMES)
-def test_trl(model, tmp_path):
+def test_trl(model, tokenizer, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    vocabulary = {"<|EOS|>": 0} | {str(i): i for i in range(1, 512)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, "<|EOS|>")),
-        eos_token="<|EOS|>",
-        pad_token="<|EOS|>",
-    )
     trainer = trl.SFTTrainer(
         model,
         arguments(tmp_path, trl.SFTConfig, max_length=16),
@@ -392,6 +397,16 @@ def test_trl(model, tmp_path):
     )
     trainer.train()
     assert_learned(trainer)
+
+
+def test_stop_strings(model, tokenizer):
+    token_ids = random_ids(1, 10)
+    (text,) = greedy(model, token_ids).tolist()
+    (stopped,) = greedy(
+        model, token_ids, tokenizer=tokenizer, stop_strings=[str(text[4])]
+    ).tolist()
+    end = text.index(text[4]) + 1
+    assert stopped == text[:end]
 
 
 # === Servers ===

@@ -45,6 +45,7 @@ def greedy_by_full_passes(lm, prompt, count):
     return row
 
 
+@pytest.mark.slow
 def test_prefix_is_not_changed_by_what_follows(lm):
     token_ids = np.random.default_rng(0).integers(1, 300, (2, 200))
     whole = full_logits(lm, token_ids)
@@ -592,7 +593,9 @@ def test_prompt_buckets():
     assert all(size <= prompt_bucket(size) for size in range(1, 2049))
 
 
-@pytest.mark.parametrize("temperature", [0, 0.9])
+@pytest.mark.parametrize(
+    "temperature", [pytest.param(0, marks=pytest.mark.slow), 0.9]
+)
 def test_rows_that_have_ended_leave_the_batch(lm, temperature, monkeypatch):
     """The texts are those of each prompt alone; the batch gets smaller."""
     rng = np.random.default_rng(0)
@@ -630,6 +633,7 @@ def test_rows_that_have_ended_leave_the_batch(lm, temperature, monkeypatch):
     assert together == [made(request.of_rows([i]))[0] for i in range(5)]
 
 
+@pytest.mark.slow
 def test_a_long_list_goes_through_in_batches(lm, capsys):
     texts = [PROMPT[: 3 + i % 7] for i in range(7)]
     arguments = dict(max_new_tokens=9, seed=list(range(7)), stop_token_ids=None)

@@ -43,6 +43,7 @@ OTHER = {
 
 
 class KerasHubChecks(KerasHubTestCase):
+    @pytest.mark.slow
     def test_backbone(self):
         self.run_backbone_test(
             cls=BwETAFBackbone,

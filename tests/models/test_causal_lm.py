@@ -107,6 +107,7 @@ def test_parity_of_the_card():
     assert parity.relative_l2(logits, manager(token_ids, mask)) < 1e-5
 
 
+@pytest.mark.slow
 def test_parity_with_padding():
     manager = original.manager(**SMALL)
     token_ids = random_ids(512, batch_size=3)

@@ -13,6 +13,7 @@ from keras_bwetaf import (
     BwETAFCausalLMPreprocessor,
     BwETAFTokenizer,
 )
+from tests import trained
 
 REPO = "owner/stories"
 
@@ -141,3 +142,14 @@ def test_what_cannot_be_with_them(shouting):
         shouting.generate("Once", truncation="left")
     with pytest.raises(ValueError, match="`stream` can't use.*Shouting"):
         shouting.stream("Once")
+
+
+@pytest.mark.parametrize(
+    "load", [keras_bwetaf.from_preset, BwETAFCausalLM.from_preset]
+)
+def test_a_warning_names_who_called(load, tmp_path):
+    shutil.copytree(trained.FOLDER, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "tokenizer")
+    with pytest.warns(UserWarning, match="no preprocessor") as warned:
+        load(tmp_path / "model")
+    assert [each.filename for each in warned] == [__file__]

@@ -132,6 +132,7 @@ def test_goes_on_without_settings(trained, settings):
         keras_bwetaf.train(folder, steps=9, batch_size=2)
 
 
+@pytest.mark.slow
 def test_goes_on_after_an_interruption(tmp_path, corpus, settings, trained):
     own = tmp_path / "own.jsonl"
     shutil.copy(corpus, own)
