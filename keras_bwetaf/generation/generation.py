@@ -4,7 +4,7 @@ import numpy as np
 
 from keras_bwetaf.layers.sharding import num_row_groups
 
-SMALLEST_BUCKET = 64
+SMALLEST_BUCKET = 32
 # Rows that have ended leave a batch when so many times fewer remain: each
 # size of batch is a program of its own, which takes seconds to compile.
 COMPACTION = 4
@@ -21,7 +21,7 @@ def bucket(size, smallest=SMALLEST_BUCKET):
 
 
 def prompt_bucket(size):
-    """Like `bucket`, with one step more between two doublings: 64, 96, 128."""
+    """Like `bucket`, with one step more between two doublings: 32, 48, 64, 96."""
     doubled = bucket(size)
     between = doubled * 3 // 4
     return between if SMALLEST_BUCKET < doubled and size <= between else doubled
@@ -37,7 +37,7 @@ def shorter_prompts(size):
 
 def cache_bucket(size):
     """Like `bucket` with steps an eighth as large: decoding reads all slots."""
-    step = bucket(size) // 8
+    step = max(bucket(size) // 8, SMALLEST_BUCKET)
     return -(-size // step) * step
 
 

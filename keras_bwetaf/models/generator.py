@@ -345,7 +345,7 @@ class Generator(keras_hub.models.CausalLM):
 
         That is the prompt pass and the decode loop, for each length together
         with each batch size. Shapes are rounded up, so one program serves
-        many calls: prompts of 1 to 64 tokens, to 96, 128, 192, 256, and so
+        many calls: prompts of 1 to 32 tokens, to 48, 64, 96, 128, 192, and so
         on; batches in powers of two; caches in steps of an eighth of their
         size. The smaller batches that remain when rows have ended are
         compiled, too. What comes later with the same rounded shapes compiles
@@ -366,7 +366,7 @@ class Generator(keras_hub.models.CausalLM):
         Example:
 
         ```python
-        lm.warm_up([64, 512], batch_sizes=[1, 8], max_new_tokens=256)
+        lm.warm_up([32, 512], batch_sizes=[1, 8], max_new_tokens=256)
         ```
         """
         decoder = self.make_generate_function()

@@ -272,7 +272,7 @@ def test_cache_is_no_larger_than_needed():
     assert slots(2, max_length=2048) == 2560
     assert slots(1100, max_length=2048) == 2560
     # Any prompt of the same bucket needs the same size.
-    assert slots(2, max_length=2048) == slots(64, max_length=2048)
+    assert slots(2, max_length=2048) == slots(32, max_length=2048)
     assert slots(1025, max_length=2048) == slots(1536, max_length=2048)
     assert slots(1537, max_length=2048) == slots(2047, max_length=2048)
 
@@ -585,7 +585,7 @@ def test_wrong_token_ids(lm, inputs, arguments, message):
 def test_prompt_buckets():
     sizes = sorted({prompt_bucket(size) for size in range(1, 2049)})
     assert sizes == [
-        *(64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048),
+        *(32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048),
     ]
     for smaller, size in zip([0, *sizes], sizes, strict=False):
         assert shorter_prompts(size) == smaller
