@@ -7,7 +7,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from keras_bwetaf import data, distribution, layers, models, training
+    from keras_bwetaf import (
+        data,
+        distribution,
+        evaluation,
+        layers,
+        models,
+        training,
+    )
     from keras_bwetaf.compilation_cache import enable_compilation_cache
     from keras_bwetaf.generation import BwETAFSampler
     from keras_bwetaf.models import (
@@ -35,6 +42,7 @@ __all__ = [
     "data",
     "distribution",
     "enable_compilation_cache",
+    "evaluation",
     "from_preset",
     "initialize",
     "is_first_process",

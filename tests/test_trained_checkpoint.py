@@ -20,11 +20,11 @@ def rows(validation_rows):
     return validation_rows[:NUM_ROWS]
 
 
-def load_original(folder, dtype):
-    """The original's own model, with its dropout turned off."""
+def load_original(folder, dtype, dropout=0.0):
+    """The original's own model, with its dropout turned off by default."""
     config = json.loads((folder / "understanding_good_stuff.json").read_text())
     model = original.ModelManager(
-        **{**config, "dropout_rate": 0.0}, dtype=jnp.dtype(dtype)
+        **{**config, "dropout_rate": dropout}, dtype=jnp.dtype(dtype)
     )
     data = (folder / "good_stuff.pkl").read_bytes()
     params = flax.serialization.from_bytes(model.params, data)

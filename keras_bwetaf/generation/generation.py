@@ -21,7 +21,7 @@ def bucket(size, smallest=SMALLEST_BUCKET):
 
 
 def prompt_bucket(size):
-    """Like `bucket`, with one step more between two doublings: 32, 48, 64, 96."""
+    """Like `bucket`, with one step more between two doublings: 32, 48, 64."""
     doubled = bucket(size)
     between = doubled * 3 // 4
     return between if SMALLEST_BUCKET < doubled and size <= between else doubled

@@ -190,14 +190,7 @@ def token_losses(model, trainable, non_trainable, batch, training):
         state_mapping=mapping, collect_losses=True
     ) as scope:
         hidden_states = model.backbone(inputs, training=training)
-        embedding = model.backbone.token_embedding
-        if embedding.quantization_mode is None:
-            table = keras.ops.convert_to_tensor(embedding.embeddings)
-            losses = head_cross_entropy(hidden_states, table, targets, weights)
-        else:  # There is no table of floats.
-            losses = cross_entropy(
-                model.backbone.head(hidden_states), targets, weights
-            )
+        losses = head_losses(model, hidden_states, targets, weights)
         penalty = sum(map(jnp.sum, model.losses), jnp.zeros(()))
     whole = values[len(trainable) :]
     changed = map(scope.get_current_value, model.non_trainable_variables)
@@ -208,6 +201,27 @@ def token_losses(model, trainable, non_trainable, batch, training):
         )
     ]
     return losses, penalty, non_trainable
+
+
+def head_losses(model, hidden_states, targets, weights):
+    """The losses of the tokens that hidden states are to predict.
+
+    Args:
+        model: `BwETAFCausalLM`.
+        hidden_states: float array `(batch, length, hidden_dim)`.
+        targets: int array `(batch, length)`.
+        weights: float array `(batch, length)`.
+
+    Returns:
+        As `head_cross_entropy` does.
+    """
+    embedding = model.backbone.token_embedding
+    if embedding.quantization_mode is None:
+        table = keras.ops.convert_to_tensor(embedding.embeddings)
+        return head_cross_entropy(hidden_states, table, targets, weights)
+    # There is no table of floats.
+    logits = model.backbone.head(hidden_states)
+    return cross_entropy(logits, targets, weights)
 
 
 def _accumulate(gradient_fn, trainable, non_trainable, batch, num_parts):
