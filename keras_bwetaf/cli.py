@@ -26,6 +26,7 @@ import converters
 import keras_bwetaf
 from converters.architectures import tensors
 from converters.errors import printable
+from converters.files import new_file
 from keras_bwetaf import preset_files
 from keras_bwetaf.run import folder as run_folder
 from keras_bwetaf.run.settings import TrainingSettings, read_settings
@@ -393,6 +394,87 @@ def plot(
 ):
     """Plot the losses of the run in RUN."""
     print(keras_bwetaf.training.plot_losses(run, output))
+
+
+@app.command("eval")
+def evaluate(
+    preset: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET", help="A name, hf://owner/repo, or a folder."
+        ),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text to predict: files, hf://datasets/..., tfds:"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The text's split.")] = "train",
+    column: Annotated[
+        str, typer.Option(help="Where records hold their text.")
+    ] = "text",
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="New tokens of a window of a long text."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Of lm-evaluation-harness: piqa,arc_easy"),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many of each task.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompt.")
+    ] = None,
+    use_cache: Annotated[
+        Path | None, typer.Option(help="A file that keeps tasks' answers.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file for the results.")
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option()] = None,
+    revision: Revision = None,
+):
+    """Measure how well PRESET predicts text, or does tasks."""
+    if (data is None) == (tasks is None):
+        raise typer.BadParameter("give either --data or --tasks")
+    if output is not None and not output.parent.is_dir():
+        raise typer.BadParameter(
+            f"there is no folder {output.parent}", param_hint="--output"
+        )
+    preset_files.check_preset(preset, revision)
+    if tasks is not None:
+        # What it imports is not for every command.
+        from keras_bwetaf.evaluation import harness
+    keras_bwetaf.enable_compilation_cache()
+    lm = keras_bwetaf.from_preset(preset, dtype=dtype, revision=revision)
+    if data is not None:
+        texts = keras_bwetaf.data.read_documents(
+            data, split=split, column=column
+        )
+        result = keras_bwetaf.evaluation.perplexity(
+            lm, texts, batch_size=batch_size, stride=stride
+        )
+        results, table = result.summary(), str(result)
+    else:
+        results = harness.evaluate_tasks(
+            lm,
+            tasks.split(","),
+            batch_size=batch_size,
+            include_path=include_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            use_cache=None if use_cache is None else str(use_cache),
+        )
+        table = harness.make_table(results)
+    print(table)
+    if output is not None:
+        with new_file(output) as file:
+            file.write(json.dumps(results, indent=2, default=str).encode())
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import keras_bwetaf
 from benchmarks.peers import report
 from tests import pages, trained
 from tests.data.conftest import make_documents
+from tests.evaluation import tasks
 
 HUB = "hf://WICKED4950/BwETAFv3-97M"
 FEW_STEPS = (
@@ -45,6 +46,14 @@ REPLACE = {
     "docs/compatibility.md": [],
     "docs/distributed.md": [('"97m"', '"small"')],
     "docs/dtypes.md": [('"97m"', '"small"')],
+    "docs/evaluation.md": [
+        ("eval tiny", "eval small"),
+        (
+            "97m --tasks piqa,arc_easy",
+            "small --tasks stories_choice --include-path .",
+        ),
+        ('"tiny"', '"small"'),
+    ],
     "docs/finetuning.md": [
         ('"tiny"', '"small"'),
         ("--preset tiny", "--preset small"),
@@ -74,7 +83,7 @@ REPLACE = {
 }
 SLOW = {
     *("README.md", "docs/index.md"),
-    *("docs/training.md", "docs/finetuning.md"),
+    *("docs/training.md", "docs/finetuning.md", "docs/evaluation.md"),
 }
 # Run by tests/converters/test_readme.py, where the small folders are.
 ELSEWHERE = {"docs/converting.md"}
@@ -105,6 +114,7 @@ def files(tmp_path_factory):
     lm = keras_bwetaf.BwETAFCausalLM(backbone, preprocessor)
     lm.save_to_preset(folder / "small")
     shutil.copytree(trained.FOLDER, folder / "flax-folder")
+    tasks.write(folder, 4)
     return folder
 
 

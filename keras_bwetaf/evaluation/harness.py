@@ -7,6 +7,7 @@ from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.evaluation.scoring import Scorer
 from keras_bwetaf.models import BwETAFCausalLM
+from keras_bwetaf.names import with_nearest
 from keras_bwetaf.optional import import_optional
 
 lm_eval = import_optional("lm_eval", "eval", "Evaluation on tasks")
@@ -17,7 +18,10 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.utils import (  # noqa: E402
     get_rolling_token_windows,
     make_disjoint_window,
+    make_table,
 )
+
+__all__ = ["HarnessModel", "evaluate_tasks", "make_table"]
 
 # What a task may ask of generation, by our names.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -205,8 +209,7 @@ def evaluate_tasks(
         each returns the same.
 
     Raises:
-        ValueError: If the model has no tokenizer.
-        KeyError: If there is no such task.
+        ValueError: If the model has no tokenizer, or there is no such task.
 
     Example:
 
@@ -217,11 +220,19 @@ def evaluate_tasks(
     print(lm_eval.utils.make_table(results))
     ```
     """
+    manager = TaskManager(
+        include_path=None if include_path is None else str(include_path)
+    )
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ValueError(
+            "Expected names of tasks, as `lm-eval ls tasks` lists them, or "
+            "of those in `include_path`. Received: "
+            f"{with_nearest(unknown, manager.all_tasks)}"
+        )
     return lm_eval.simple_evaluate(
         model=HarnessModel(lm, batch_size),
         tasks=list(tasks),
-        task_manager=TaskManager(
-            include_path=None if include_path is None else str(include_path)
-        ),
+        task_manager=manager,
         **{"log_samples": False, "bootstrap_iters": 1000, **options},
     )

@@ -20,6 +20,7 @@ from keras_bwetaf.data import load_packed, pack, read_documents
 from keras_bwetaf.data.index import FILE_NAME, read_index
 from keras_bwetaf.data.packing import clear
 from keras_bwetaf.data.worker import VALIDATION
+from keras_bwetaf.evaluation import perplexity
 from keras_bwetaf.exchange.weights import check_changes
 from keras_bwetaf.hardware import device
 from keras_bwetaf.layers.sharding import num_row_groups
@@ -29,7 +30,11 @@ from keras_bwetaf.models.causal_lm_preprocessor import (
 )
 from keras_bwetaf.models.tokenizer import BwETAFTokenizer, train_tokenizer
 from keras_bwetaf.optional import import_optional
-from keras_bwetaf.processes import in_first_process, is_first_process
+from keras_bwetaf.processes import (
+    are_several,
+    in_first_process,
+    is_first_process,
+)
 from keras_bwetaf.run.folder import (
     CHECKPOINTS,
     LAST_MODEL,
@@ -48,6 +53,7 @@ from keras_bwetaf.training.checkpoints import TrainingCheckpoint
 from keras_bwetaf.training.monitor import Monitor
 from keras_bwetaf.training.recipes import recipe
 from keras_bwetaf.training.samples import Samples
+from keras_bwetaf.training.statistics import add_evaluation
 
 # Shares to hold out, of documents and of the only one.
 HELD_OUT, HELD_OUT_OF_ONE = 0.01, 0.1
@@ -62,10 +68,11 @@ def train(
     """Trains a model, from text to a folder that `from_preset` loads.
 
     The folder gets the resolved settings (`config.yaml`), packed tokens
-    (`packed`), checkpoints (`checkpoints`), statistics (`stats.json`), a plot
-    of the losses (`losses.png`) and at the end two models: `model`, the one
-    with the lowest validation loss, and `model-last`. Without a validation,
-    `model` is the last. `from_preset(folder)` finds `model`.
+    (`packed`), checkpoints (`checkpoints`), statistics (`stats.json`, with the
+    bits per byte of what was held out), a plot of the losses (`losses.png`)
+    and at the end two models: `model`, the one with the lowest validation
+    loss, and `model-last`. Without a validation, `model` is the last.
+    `from_preset(folder)` finds `model`.
 
     The same call again goes on where the last one stopped, exactly. Once the
     text is packed, it is not needed any longer, and settings may be left out.
@@ -182,6 +189,8 @@ def _train(folder, settings, config):
     _say("Saving the model.")
     losses = history.history.get("val_loss", [])
     models = _save_models(folder, lm, callbacks[-1], settings.steps, losses)
+    if validation:
+        _evaluate(folder, lm, **validation)
     if settings.lora_rank:
         lm.backbone.merge_lora()
     in_first_process(keep_result, folder, settings.steps, models)
@@ -254,6 +263,18 @@ def _save_models(folder, lm, checkpoint, steps, losses):
     lm.save_to_preset(folder / MODEL)
     best = {"step": best["step"], "val_loss": best["logs"]["val_loss"]}
     return {MODEL: best, LAST_MODEL: last}
+
+
+def _evaluate(folder, lm, validation_data, validation_steps):
+    """Says, and keeps, how well `model` predicts what was held out."""
+    if are_several():  # Each of which has only its own rows.
+        _say("Several processes do not evaluate; keras-bwetaf eval does.")
+        return
+    _say("Evaluating the model.")
+    batches = itertools.islice(validation_data, validation_steps)
+    result = perplexity(lm, batches, batch_size=1)
+    _say(str(result))
+    add_evaluation(folder, result.summary())
 
 
 def _epochs(settings):

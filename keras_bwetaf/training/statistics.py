@@ -280,6 +280,19 @@ class Statistics:
         return statistics
 
 
+def add_evaluation(folder, figures):
+    """Adds what the finished model was found to be to `stats.json`.
+
+    Args:
+        folder: path.
+        figures: dict, as `Perplexity.summary` returns it.
+    """
+    path = Path(folder) / FILE_NAME
+    statistics = {**read_json(path), "evaluation": figures}
+    with new_file(path) as file:
+        file.write(json.dumps(statistics).encode())
+
+
 def read_statistics(source):
     """Reads `stats.json`, ours or the original's.
 

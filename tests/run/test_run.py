@@ -112,6 +112,10 @@ def test_from_text_to_a_model(trained, settings):
     stats = read_json(folder / "stats.json")
     (losses,), (validation,) = stats["loss"], stats["val_loss"]
     assert len(losses) == 6 and validation[-1] < 6
+    best = read_json(folder / "result.json")["models"]["model"]["val_loss"]
+    evaluation = stats["evaluation"]
+    assert evaluation["loss"] == pytest.approx(best, rel=1e-4)
+    assert evaluation["bits_per_byte"] > 0
     assert (folder / "losses.png").stat().st_size > 10_000
     loaded = keras_bwetaf.from_preset(folder / "model")
     assert_same_weights(lm, loaded)
