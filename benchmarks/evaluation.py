@@ -32,16 +32,19 @@ MODELS = ("keras_bwetaf", "hf")
 def serve(name, preset, folder):
     """Evaluates a task for each line of stdin; answers with its seconds."""
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     answers = sys.stdout
     sys.stdout = sys.stderr
     if name == "hf":
+        import torch
         from lm_eval.models.huggingface import HFLM
 
         model = HFLM(
             str(folder / "torch"),
             trust_remote_code=True,
             dtype="float32",
+            device="cuda" if torch.cuda.is_available() else "cpu",
             batch_size=BATCH_SIZE,
         )
     else:
@@ -50,7 +53,7 @@ def serve(name, preset, folder):
 
         lm = keras_bwetaf.from_preset(preset, dtype="float32")
         model = HarnessModel(lm, BATCH_SIZE)
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder))
+    manager = TaskManager(include_path=str(folder))
     for line in sys.stdin:
         start = time.perf_counter()
         lm_eval.simple_evaluate(
