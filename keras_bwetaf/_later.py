@@ -1,9 +1,9 @@
 """Slow packages that Keras and KerasHub import, put off until they are needed.
 
-TensorFlow takes longer than all the rest, and matplotlib, pandas and Grain
-take a third of that. While Keras and KerasHub are imported, stand-ins take
-their places. Later, a stand-in answers what is asked of everybody's data, such
-as whether it is a tensor, and imports the package for anything else.
+TensorFlow takes longer than all the rest, and scikit-learn, matplotlib, pandas
+and Grain take half of that. While Keras and KerasHub are imported, stand-ins
+take their places. Later, a stand-in answers what is asked of everybody's data,
+such as whether it is a tensor, and imports the package for anything else.
 """
 
 import contextlib
@@ -59,8 +59,9 @@ class _Later(types.ModuleType):
 
     def __getattr__(self, name):
         root = self.__name__.partition(".")[0]
+        places = sys.modules.get(root), sys.modules.get(self.__name__)
         # What Python asks all modules, such as where their files are.
-        if name.startswith("__") and isinstance(sys.modules.get(root), _Later):
+        if name.startswith("__") and any(isinstance(x, _Later) for x in places):
             raise AttributeError(name)
         path = f"{self.__name__}.{name}"
         real = _loaded(path)
@@ -81,6 +82,30 @@ class _Class(type):
 
     def __getattr__(cls, name):
         return getattr(_load(cls.__name__), name)
+
+
+class _Wrapper:
+    """Stands for a class of Keras that is derived from scikit-learn's.
+
+    Args:
+        path: str. The path to the class.
+    """
+
+    def __init__(self, path):
+        self._path = path
+
+    def __call__(self, *args, **kwargs):
+        return _load(self._path)(*args, **kwargs)
+
+    def __mro_entries__(self, bases):
+        return (_load(self._path),)
+
+    def __instancecheck__(self, instance):
+        real = _loaded(self._path)
+        return real is not None and isinstance(instance, real)
+
+    def __getattr__(self, name):
+        return getattr(_load(self._path), name)
 
 
 class _Module:
@@ -113,15 +138,23 @@ def _load(path):
     return pkgutil.resolve_name(path)
 
 
+WRAPPERS = "keras.src.wrappers.sklearn_wrapper"
 LEARNER = "tensorflow_text.tools.wordpiece_vocab"
 # By the package whose import they are for.
 STAND_INS = {
     "keras": ("matplotlib", "matplotlib.pyplot", "pandas"),
-    "keras_hub": ("grain", "tensorflow", "tensorflow_text", LEARNER),
+    "keras_hub": (
+        "grain",
+        "rouge_score",
+        "tensorflow",
+        "tensorflow_text",
+        LEARNER,
+    ),
 }
 PARTS = (
     "matplotlib.patches",
     "matplotlib.pyplot",
+    "rouge_score.rouge_scorer",
     "tensorflow.data",
     "tensorflow.io",
     "tensorflow.io.gfile",
@@ -146,6 +179,14 @@ CLASSES = (
 ANSWERS = {
     **{path: _Later(path) for path in PARTS},
     **{path: _Class(path, (), {}) for path in CLASSES},
+    **{
+        path: _Wrapper(path)
+        for path in (
+            f"{WRAPPERS}.SKLearnClassifier",
+            f"{WRAPPERS}.SKLearnRegressor",
+            f"{WRAPPERS}.SKLearnTransformer",
+        )
+    },
     "tensorflow.Module": _Module,
     "tensorflow.executing_eagerly": _executing_eagerly,
     "tensorflow.io.gfile.get_registered_schemes": list,
@@ -154,7 +195,7 @@ ANSWERS = {
 
 
 def _remove_stand_ins():
-    for name in itertools.chain(*STAND_INS.values()):
+    for name in itertools.chain(*STAND_INS.values(), [WRAPPERS]):
         if isinstance(sys.modules.get(name), _Later):
             del sys.modules[name]
 
@@ -181,6 +222,15 @@ def stand_ins(package):
         yield
     finally:
         _remove_stand_ins()
+
+
+@contextlib.contextmanager
+def _around_keras():
+    with stand_ins("keras"):
+        if "sklearn" not in sys.modules and _is_installed("sklearn"):
+            # Only these classes of Keras need scikit-learn.
+            sys.modules[WRAPPERS] = _Later(WRAPPERS)
+        yield
 
 
 @contextlib.contextmanager
@@ -222,7 +272,7 @@ class _Finder(MetaPathFinder):
     """Imports some packages within a context."""
 
     contexts = {
-        "keras": lambda: stand_ins("keras"),
+        "keras": _around_keras,
         "keras_hub": _around_keras_hub,
         "tensorflow": _quiet_and_off_gpus,
     }

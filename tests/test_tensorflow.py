@@ -1,4 +1,4 @@
-"""TensorFlow: not loaded by us, and whole for whoever loads it."""
+"""TensorFlow and the like: not loaded by us, whole for who loads them."""
 
 import os
 import subprocess
@@ -86,6 +86,39 @@ assert keras.saving.serialize_keras_object(tf.TensorShape([1, 2])) == [1, 2]
 """
 
 
+# Keras's wrappers for scikit-learn, and KerasHub's metrics from rouge_score.
+OTHERS = """
+import sys
+import keras_bwetaf
+import keras, keras_hub, numpy as np
+
+loaded = {"sklearn", "rouge_score", "nltk"} & sys.modules.keys()
+assert not loaded, loaded
+Classifier = keras.wrappers.SKLearnClassifier
+assert not isinstance(1, Classifier)
+assert "sklearn" not in sys.modules
+
+def model(X, y):
+    model = keras.Sequential([keras.layers.Dense(2, activation="softmax")])
+    model.compile(loss="categorical_crossentropy")
+    return model
+
+class Own(Classifier):
+    pass
+
+x, y = np.ones((4, 3)), np.array([0, 1, 0, 1])
+for each in (Classifier, Own):
+    classifier = each(model, fit_kwargs={"verbose": 0}).fit(x, y)
+    assert classifier.predict(x).shape == (4,)
+    assert isinstance(classifier, Classifier)
+from sklearn.base import BaseEstimator, clone
+assert isinstance(clone(classifier), Own) and issubclass(Own, BaseEstimator)
+
+scores = keras_hub.metrics.RougeL()(["a b c"], ["a b d"])
+assert round(float(scores["f1_score"]), 3) == 0.667
+"""
+
+
 def run(script, folder):
     # Those of the tests keep TensorFlow silent anyway.
     hidden = ("TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")
@@ -120,3 +153,7 @@ def test_imported_afterwards(tmp_path):
     )
     stderr = run("import keras_bwetaf\n" + seed + check + WITH, tmp_path)
     assert "oneDNN" not in stderr and "cpu_feature_guard" not in stderr
+
+
+def test_scikit_learn_and_rouge_score(tmp_path):
+    run(OTHERS, tmp_path)
