@@ -93,14 +93,31 @@ def options(
 @app.command()
 def generate(
     prompt: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="PROMPT", help='The text to continue; "-" reads stdin.'
         ),
-    ],
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="A name, hf://owner/repo, or a folder.")
     ] = "97m",
+    input: Annotated[
+        Path | None,
+        typer.Option(help="Instead of PROMPT: .jsonl, or a prompt a line."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The .jsonl file for --input's texts.")
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="Texts of each prompt.")
+    ] = 1,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End before this text; may be repeated."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Of --input: texts at once.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     truncation: Annotated[
         Truncation | None,
@@ -119,7 +136,7 @@ def generate(
     dtype: Annotated[DType | None, typer.Option()] = None,
     revision: Revision = None,
 ):
-    """Continue PROMPT and print the text as it is made."""
+    """Continue PROMPT and print the text as it is made; or a file's prompts."""
     settings = {
         "temperature": temperature,
         "top_p": top_p,
@@ -131,25 +148,49 @@ def generate(
     settings = {
         name: value for name, value in settings.items() if value is not None
     }
+    if (prompt is None) == (input is None):
+        raise typer.BadParameter("give either PROMPT or --input")
+    if (input is None) != (output is None):
+        raise typer.BadParameter("--input and --output go together")
     if prompt == "-":
         prompt = sys.stdin.read().removesuffix("\n")
-    if not prompt:
+    if prompt == "":
         raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
 
     preset_files.check_preset(preset, revision)
     keras_bwetaf.enable_compilation_cache()
+    if input is not None:
+        # What it imports is slow.
+        from keras_bwetaf import prompts
+
+        records = prompts.read_prompts(input)
     try:
         keras_bwetaf.BwETAFSampler(**settings)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     lm = keras_bwetaf.from_preset(preset, dtype=dtype, revision=revision)
-    pieces = lm.stream(
-        prompt,
-        max_new_tokens=max_new_tokens,
-        truncation=truncation,
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "truncation": truncation,
+        "stop_strings": stop or None,
         **settings,
-    )
-    _print_pieces([prompt], pieces)
+    }
+    if input is not None:
+        prompts.continue_prompts(
+            lm,
+            records,
+            output,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            **options,
+        )
+        return
+    for sample in range(num_samples):
+        if sample:
+            print()
+        if seed is not None:
+            options["seed"] = (seed + sample) % 2**32
+        _print_pieces([prompt], lm.stream(prompt, **options))
 
 
 def _print_pieces(*parts):

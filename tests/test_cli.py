@@ -135,7 +135,11 @@ def test_generate_reads_standard_input(run, folder, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["generate"], "Missing argument"),
+        (["generate"], "either PROMPT or --input"),
+        (["generate", "a", "--input", "b.txt"], "either PROMPT or --input"),
+        (["generate", "--input", "b.txt"], "--input and --output"),
+        (["generate", "a", "--output", "b.jsonl"], "--input and --output"),
+        (["generate", "a", "--num-samples", 0], "--num-samples"),
         (["generate", ""], "the prompt is empty"),
         (["generate", "a", "--max-new-tokens", 0], "--max-new-tokens"),
         (["generate", "a", "--temperature", -1], "--temperature"),

@@ -115,6 +115,7 @@ def files(tmp_path_factory):
     lm.save_to_preset(folder / "small")
     shutil.copytree(trained.FOLDER, folder / "flax-folder")
     tasks.write(folder, 4)
+    (folder / "prompts.txt").write_text("Once\nOne day\n")
     return folder
 
 
