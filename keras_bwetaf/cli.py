@@ -26,7 +26,7 @@ import converters
 import keras_bwetaf
 from converters.architectures import tensors
 from converters.errors import printable
-from converters.files import new_file
+from converters.files import new_file, new_folder
 from keras_bwetaf import preset_files
 from keras_bwetaf.run import folder as run_folder
 from keras_bwetaf.run.settings import TrainingSettings, read_settings
@@ -59,6 +59,13 @@ class Truncation(enum.StrEnum):
     """What `--truncation` may be."""
 
     left = "left"
+
+
+class Quantization(enum.StrEnum):
+    """What `quantize --to` may be."""
+
+    int8 = "int8"
+    int4 = "int4"
 
 
 class Errors(enum.StrEnum):
@@ -435,6 +442,47 @@ def plot(
 ):
     """Plot the losses of the run in RUN."""
     print(keras_bwetaf.training.plot_losses(run, output))
+
+
+@app.command()
+def quantize(
+    preset: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET", help="A name, hf://owner/repo, or a folder."
+        ),
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where to write the model.")
+    ],
+    to: Annotated[
+        Quantization, typer.Option(help="Integers of how many bits.")
+    ] = Quantization.int8,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a folder that is there.")
+    ] = False,
+    revision: Revision = None,
+):
+    """Write PRESET with smaller weights into FOLDER, for `from_preset`."""
+    preset_files.check_preset(preset, revision)
+    if folder.exists() and not overwrite:
+        raise typer.BadParameter(
+            f"{folder} exists; --overwrite replaces it", param_hint="FOLDER"
+        )
+    lm = keras_bwetaf.from_preset(preset, revision=revision)
+    before = _weight_bytes(lm)
+    lm.quantize(to.value)
+    with new_folder(folder, replace=overwrite) as temporary:
+        lm.save_to_preset(temporary)
+    print(
+        f"{folder}: {decimal(_weight_bytes(lm))} of weights, "
+        f"{decimal(before)} before."
+    )
+
+
+def _weight_bytes(lm):
+    """As in memory; integers of 4 bits are in pairs there."""
+    return sum(weight.value.nbytes for weight in lm.weights)
 
 
 @app.command("eval")

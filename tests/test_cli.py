@@ -15,6 +15,7 @@ import pytest
 import converters
 from converters.formats import FORMATS
 from keras_bwetaf import cli
+from keras_bwetaf.evaluation import perplexity
 from keras_bwetaf.presets import from_preset
 from tests.original import manager, tokenizer
 
@@ -484,3 +485,20 @@ def test_a_training_that_fails(tmp_path, run, monkeypatch, kind):
 def test_plot_refuses(tmp_path, run):
     status, _, complaints = run("plot", tmp_path)
     assert status == 1 and "stats.json" in complaints
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_quantize(run, folder, tmp_path, bits):
+    target = tmp_path / "small"
+    status, output, complaints = run("quantize", folder, target, "--to", bits)
+    assert (status, complaints) == (0, "") and "before" in output
+    expected = from_preset(folder)
+    expected.quantize(bits)
+    loaded = from_preset(target)
+    assert loaded.generate(PROMPT, max_new_tokens=8, temperature=0) == (
+        expected.generate(PROMPT, max_new_tokens=8, temperature=0)
+    )
+    assert perplexity(loaded, PROMPT).loss > 0
+    status, _, complaints = run("quantize", folder, target)
+    assert status == 2 and "--overwrite replaces it" in complaints
+    assert run("quantize", folder, target, "--overwrite")[0] == 0

@@ -45,7 +45,10 @@ REPLACE = {
     "docs/benchmarks.md": [],
     "docs/compatibility.md": [],
     "docs/distributed.md": [('"97m"', '"small"')],
-    "docs/dtypes.md": [('"97m"', '"small"')],
+    "docs/dtypes.md": [
+        ('"97m"', '"small"'),
+        ("quantize tiny", "quantize small"),
+    ],
     "docs/evaluation.md": [
         ("eval tiny", "eval small"),
         (
