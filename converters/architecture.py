@@ -73,6 +73,16 @@ class KerasClass:
 
 
 @dataclass(frozen=True)
+class KerasClasses:
+    """The classes that stand for an architecture, a `KerasClass` each."""
+
+    backbone: KerasClass
+    causal_lm: KerasClass
+    preprocessor: KerasClass
+    tokenizer: KerasClass
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A kind of model: its tensors, and its configuration in each format.
 
@@ -81,8 +91,9 @@ class Architecture:
     that is missing or not accepted.
 
     Args:
+        name: str. What people call it.
         model_type: str. What the canonical configuration calls it.
-        keras_backbone: `KerasClass`.
+        keras: `KerasClasses`.
         auto_map: mapping of a class of `transformers` to the module, of
             `converters.transformers_model`, and the class that stand for it.
         recognizes_flax: callable. Takes the original's configuration, which
@@ -105,8 +116,9 @@ class Architecture:
         config_to_keras: callable. The other way.
     """
 
+    name: str
     model_type: str
-    keras_backbone: KerasClass
+    keras: KerasClasses
     auto_map: Mapping
     recognizes_flax: Callable
     tensors: Callable

@@ -16,7 +16,7 @@ from converters.errors import CheckpointError
 ARCHITECTURES = (BWETAF_V3,)
 MODEL_TYPES = {each.model_type: each for each in ARCHITECTURES}
 KERAS_BACKBONES = {
-    each.keras_backbone.registered_name: each for each in ARCHITECTURES
+    each.keras.backbone.registered_name: each for each in ARCHITECTURES
 }
 
 
@@ -118,15 +118,18 @@ def config_to_flax(
 def config_from_keras(
     keras: dict[str, Any],
     *,
+    model_type: str = BWETAF_V3.model_type,
     dtype: str = "float32",
     eos_token_id: int = 0,
     source: str | os.PathLike = "Keras config",
 ) -> dict[str, Any]:
-    """Converts the configuration of a `BwETAFBackbone` to the canonical one.
+    """Converts the configuration of a Keras backbone to the canonical one.
 
     Args:
         keras: dict with the keys that `config_to_keras` gives; others are
             left out.
+        model_type: str. The architecture: `"bwetaf"`, that of a
+            `BwETAFBackbone`, or another.
         dtype: str. The weights'.
         eos_token_id: int.
         source: str or path. For messages.
@@ -137,7 +140,8 @@ def config_from_keras(
     Raises:
         CheckpointError: if a value is missing or not accepted.
     """
-    return BWETAF_V3.config_from_keras(
+    architecture = architecture_of({"model_type": model_type}, source=source)
+    return architecture.config_from_keras(
         keras, dtype=dtype, eos_token_id=eos_token_id, source=source
     )
 

@@ -1,7 +1,13 @@
 """The tensors of the version 3 architecture: one table for every direction."""
 
 from converters import bwetaf_v3_config
-from converters.architecture import Architecture, KerasClass, Kind, Tensor
+from converters.architecture import (
+    Architecture,
+    KerasClass,
+    KerasClasses,
+    Kind,
+    Tensor,
+)
 from converters.bwetaf_v3_config import per_layer
 from converters.transforms import Half, Squeeze, Transpose
 
@@ -88,9 +94,33 @@ def _tensor(row, sizes, prefixes=("", "", "")):
 
 
 BWETAF_V3 = Architecture(
+    name="BwETAFv3",
     model_type=bwetaf_v3_config.MODEL_TYPE,
-    keras_backbone=KerasClass(
-        "keras_bwetaf", "models.backbone", "BwETAFBackbone", "bw_etaf_backbone"
+    keras=KerasClasses(
+        backbone=KerasClass(
+            "keras_bwetaf",
+            "models.backbone",
+            "BwETAFBackbone",
+            "bw_etaf_backbone",
+        ),
+        causal_lm=KerasClass(
+            "keras_bwetaf",
+            "models.causal_lm",
+            "BwETAFCausalLM",
+            "bw_etaf_causal_lm",
+        ),
+        preprocessor=KerasClass(
+            "keras_bwetaf",
+            "models.causal_lm_preprocessor",
+            "BwETAFCausalLMPreprocessor",
+            "bw_etaf_causal_lm_preprocessor",
+        ),
+        tokenizer=KerasClass(
+            "keras_bwetaf",
+            "models.tokenizer",
+            "BwETAFTokenizer",
+            "bw_etaf_tokenizer",
+        ),
     ),
     auto_map={
         "AutoConfig": "configuration_bwetaf.BwETAFConfig",

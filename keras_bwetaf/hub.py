@@ -95,7 +95,8 @@ def fetch(repo, revision, weights, check):
         revision: str. Branch, tag or commit.
         weights: bool. `False` leaves the weights out.
         check: callable. Takes the folder before the weights are there, and
-            raises a ValueError if it is not one of this architecture.
+            raises a ValueError if it is not a model, or not the one that is
+            wanted.
 
     Returns:
         Path of a folder.
@@ -152,7 +153,7 @@ def _download(repo, revision, commit, files, with_weights, check):
     small = set(matching(files, [*layout.settings, *layout.heads]))
     small -= set(matching(files, layout.weights))
     try:
-        # Weights come last: first it must be a model of this architecture.
+        # Weights come last: first it must be the model that is wanted.
         for batch in filter(None, (sorted(small), weights)):
             folder = download(repo, revision, commit, files, batch)
             check(folder)

@@ -10,6 +10,7 @@ import keras
 from jax.typing import ArrayLike
 from keras import ops
 
+from converters.architecture import Architecture
 from keras_bwetaf.arguments import BackboneConfig, DType, PathLike
 from keras_bwetaf.checks import checked_number, is_number, positive_int
 from keras_bwetaf.layers import TransformerBlock
@@ -17,6 +18,7 @@ from keras_bwetaf.layers.dense import product
 from keras_bwetaf.models.loading import is_left_to_keras_hub, load_backbone
 from keras_bwetaf.models.lora import LoraBackbone
 from keras_bwetaf.models.quantization import only_what_can_be
+from keras_bwetaf.models.registry import class_for
 from keras_bwetaf.names import with_nearest
 from keras_bwetaf.preset_files import open_preset
 
@@ -33,8 +35,9 @@ Cache = Sequence[tuple[jax.Array, jax.Array]]
 class DecoderBackbone(LoraBackbone):
     """A decoder-only transformer made of parts, with a tied head.
 
-    An architecture is a subclass. Its constructor takes flat arguments, makes
-    the parts of them, and hands both to this one. `hidden_states` is the only
+    An architecture is a subclass, and has the attribute `architecture`. Its
+    constructor takes flat arguments, makes the parts of them, and hands both
+    to this one. `hidden_states` is the only
     forward pass: the functional model is its graph, and `generate` calls it
     with a cache.
 
@@ -50,6 +53,8 @@ class DecoderBackbone(LoraBackbone):
         dtype: str or `keras.DTypePolicy`.
         **kwargs: `name` and `trainable`, as of every Keras model.
     """
+
+    architecture: Architecture | None = None
 
     # Of `config`.
     vocabulary_size: int
@@ -243,9 +248,14 @@ class DecoderBackbone(LoraBackbone):
             return super().from_preset(
                 os.fspath(preset), load_weights, dtype=dtype, **config
             )
-        cls.check_keywords("from_preset()", config)
-        files = open_preset(preset, revision, load_weights)
-        return load_backbone(cls, files, load_weights, dtype, config)
+
+        def check(architecture):
+            found = class_for(cls, architecture)
+            found.check_keywords("from_preset()", config)
+
+        files = open_preset(preset, revision, load_weights, check)
+        found = class_for(cls, files.architecture)
+        return load_backbone(found, files, load_weights, dtype, config)
 
     def _layers_of_quantized_inputs(self):
         return [

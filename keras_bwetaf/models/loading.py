@@ -5,7 +5,6 @@ import os
 import warnings
 from pathlib import Path
 
-import keras
 import keras_hub
 
 from converters import keras_folder
@@ -22,7 +21,7 @@ def is_left_to_keras_hub(cls, preset):
         cls: Class of a backbone or a causal LM.
         preset: str or path.
     """
-    if keras.saving.get_registered_name(cls).startswith("keras_bwetaf>"):
+    if cls.__module__.partition(".")[0] == "keras_bwetaf":
         return False
     path = Path(preset) / keras_folder.CONFIG
     return path.is_file() and "registered_name" in read_json(path)
@@ -66,7 +65,7 @@ def _keras_backbone(cls, files, load_weights, dtype, changes):
                 "`dtype`, or pass load_weights=False. Received: "
                 f"dtype={dtype!r}"
             )
-        check_changes(files.config, changes)
+        check_changes(files.architecture, files.config, changes)
     return _from_keras(
         keras_hub.models.Backbone,
         cls,

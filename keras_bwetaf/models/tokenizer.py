@@ -20,6 +20,7 @@ from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import checked_int, is_int, strings
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.loading import load_tokenizer
+from keras_bwetaf.models.registry import class_for
 from keras_bwetaf.panics import clear_panics
 from keras_bwetaf.preset_files import open_preset
 
@@ -29,6 +30,7 @@ NORMALIZERS = {
     *("BertNormalizer", "ByteLevel", "Nmt", "Sequence"),
 }
 TOKENIZER_FILE = "tokenizer.json"
+SPECIAL_TOKENS = "<|EOS|>", "<|UK|>"  # The end, and what stands for unknowns.
 LONGEST_PIECE = 4096  # Bytes without a break that training sees together.
 
 
@@ -170,7 +172,8 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
         ```
         """
         files = open_preset(preset, revision, weights=False)
-        return load_tokenizer(cls, files, **kwargs)
+        found = class_for(cls, files.architecture)
+        return load_tokenizer(found, files, **kwargs)
 
     def _load_file(self, path):
         if not os.path.isfile(path):
@@ -559,7 +562,7 @@ def train_tokenizer(
     vocabulary_size: int,
     *,
     min_frequency: int = 6,
-    special_tokens: Sequence[str] = ("<|EOS|>", "<|UK|>"),
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
     show_progress: bool = False,
 ) -> BwETAFTokenizer:
     """Trains a tokenizer with the settings of BwETAFv3.
