@@ -83,6 +83,19 @@ class KerasClasses:
 
 
 @dataclass(frozen=True)
+class KnownTokenizer:
+    """A tokenizer that is the same for all models of an architecture.
+
+    Args:
+        content: bytes of a `tokenizers` JSON.
+        special_tokens: dict of `"eos_token"` and `"unk_token"` to str.
+    """
+
+    content: bytes
+    special_tokens: dict
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A kind of model: its tensors, and its configuration in each format.
 
@@ -114,6 +127,9 @@ class Architecture:
             original writes, in its order.
         config_from_keras: callable. Takes the arguments of the backbone.
         config_to_keras: callable. The other way.
+        shared_code: tuple of str. Modules that those of `auto_map` import.
+        tokenizer: callable. Takes the original's configuration, returns the
+            `KnownTokenizer` of models whose folders have none, or None.
     """
 
     name: str
@@ -131,9 +147,12 @@ class Architecture:
     flax_settings: Callable
     config_from_keras: Callable
     config_to_keras: Callable
+    shared_code: tuple = ()
+    tokenizer: Callable = lambda flax: None
 
     @property
     def code(self):
         """The files of `converters.transformers_model` that it needs."""
         modules = {each.partition(".")[0] for each in self.auto_map.values()}
+        modules.update(self.shared_code)
         return tuple(f"{module}.py" for module in sorted(modules))

@@ -117,7 +117,7 @@ class KerasFolder(Format):
             "unk_token": settings.get("unk_token"),
         }
 
-    def canonical_config(self, folder, documents, eos_token_id=0):
+    def canonical_config(self, folder, documents, eos_token_id=None):
         source = folder / CONFIG
         architecture, keras_config = _backbone(documents[CONFIG], source)
         return architecture, architecture.config_from_keras(

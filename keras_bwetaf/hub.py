@@ -106,7 +106,8 @@ def fetch(repo, revision, weights, check):
     commit, files = resolve(
         repo, known, lambda names: not _missing(names, weights)
     )
-    if missing := _missing(files, weights):
+    missing = _missing(files, weights)
+    if missing and not _does_without(repo, known, commit, files, missing):
         raise FileNotFoundError(
             f"The repository {repo} does not hold a whole model. Missing: "
             f"{', '.join(missing)}. Its owner has to add them, or pass a "
@@ -139,6 +140,16 @@ def _missing(names, weights):
     """What a repository lacks of a whole model in the likeliest format."""
     needed = likeliest(names).needed(names, weights)
     return [name for name in needed if name not in names]
+
+
+def _does_without(repo, revision, commit, files, missing):
+    """Whether all that is missing is a tokenizer that is known."""
+    layout = likeliest(files)
+    if missing != [layout.tokenizer]:
+        return False
+    with clear_errors(repo, revision):
+        folder = download(repo, revision, commit, files, [layout.config])
+    return layout.has_known_tokenizer(folder)
 
 
 def _download(repo, revision, commit, files, with_weights, check):

@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from converters import keras_folder
 from converters.architecture import Architecture
 from converters.architectures import MODEL_TYPES
+from converters.bwetaf_v2 import BWETAF_V2
 from converters.bwetaf_v3 import BWETAF_V3
 from converters.format import Format
 from converters.formats import find_format
@@ -45,6 +46,44 @@ PRESETS = {
             "dropout": 0.05,
             "rope_dtype": None,
             "initializer_range": 0.002,
+            "embedding_initializer_range": 0.02,
+        },
+    },
+    "v2-53m": {
+        "model_type": BWETAF_V2.model_type,
+        "repo": "WICKED4950/BwETAFv2-53M",
+        "revision": "main",
+        "description": (
+            "English, context 2048, GPT-2's tokenizer (1.3 billion tokens)"
+        ),
+        "parameters": 53_012_480,
+        "config": {
+            "vocabulary_size": 50260,
+            "num_layers": 8,
+            "num_query_heads": 8,
+            "hidden_dim": 512,
+            "intermediate_dim": 1536,
+            "max_sequence_length": 2048,
+            "dropout": 0.1,
+            "embedding_initializer_range": 0.02,
+        },
+    },
+    "v2-130m": {
+        "model_type": BWETAF_V2.model_type,
+        "repo": "WICKED4950/BwETAFv2-130M",
+        "revision": "main",
+        "description": (
+            "English, context 4096, GPT-2's tokenizer (3 billion tokens)"
+        ),
+        "parameters": 130_649_088,
+        "config": {
+            "vocabulary_size": 50260,
+            "num_layers": 12,
+            "num_query_heads": 12,
+            "hidden_dim": 768,
+            "intermediate_dim": 2304,
+            "max_sequence_length": 4096,
+            "dropout": 0.1,
             "embedding_initializer_range": 0.02,
         },
     },
@@ -138,7 +177,7 @@ def open_preset(preset, revision=None, weights=True, check=None):
     elif layout.name != "keras" and known:
         config = known.get("config", config)
     files = PresetFiles(folder, layout, architecture, config)
-    if files.tokenizer.is_file():
+    if files.tokenizer.is_file() or layout.has_known_tokenizer(folder):
         return files
     reason = f"There is no {layout.tokenizer}."
     return dataclasses.replace(files, no_tokenizer=reason)

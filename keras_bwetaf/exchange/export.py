@@ -41,7 +41,7 @@ def as_checkpoint(lm, include_optimizer=False):
     config = architecture.config_from_keras(
         lm.backbone.get_config(),
         dtype=lm.backbone.variable_dtype,
-        eos_token_id=tokenizer.end_token_id if tokenizer else 0,
+        eos_token_id=tokenizer.end_token_id if tokenizer else None,
         source="the model",
     )
     variables = {variable.path: variable for variable in lm.backbone.weights}

@@ -1,4 +1,5 @@
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,15 +29,20 @@ def inverse_frequencies(width: int, max_wavelength: float) -> np.ndarray:
         float32 numpy array `(width // 2,)`.
     """
     num_pairs = width // 2
-    try:
-        host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names accelerators only.
-        host = None
 
     def compute():
         exponents = -jnp.arange(num_pairs, dtype="float32") / num_pairs
         return max_wavelength**exponents
 
+    return on_host(compute)
+
+
+def on_host(compute: Callable[[], jax.Array]) -> np.ndarray:
+    """What a function gives that the host compiles and computes."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names accelerators only.
+        host = None
     with jax.default_device(host):
         return np.asarray(jax.jit(compute)())
 

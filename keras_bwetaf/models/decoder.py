@@ -193,7 +193,7 @@ class DecoderBackbone(LoraBackbone):
         is_symbolic = isinstance(hidden_states, keras.KerasTensor)
         if is_symbolic or embedding.quantization_mode is not None:
             return embedding(hidden_states, reverse=True)
-        dtype = embedding.compute_dtype
+        dtype = embedding.reverse_dtype or embedding.compute_dtype
         return product(
             ops.cast(hidden_states, dtype),
             ops.cast(embedding.embeddings, dtype),
@@ -330,8 +330,8 @@ class DecoderBackbone(LoraBackbone):
         *,
         num_layers: int,
         num_query_heads: int | Sequence[int],
-        num_key_value_heads: int | Sequence[int],
         hidden_dim: int,
+        num_key_value_heads: int | Sequence[int] | None = None,
         dropout: float = 0.0,
         **numbers: float,
     ) -> dict[str, Any]:
@@ -355,10 +355,13 @@ class DecoderBackbone(LoraBackbone):
         query_heads = _checked_heads(
             "num_query_heads", num_query_heads, num_layers
         )
-        key_value_heads = _checked_heads(
-            "num_key_value_heads", num_key_value_heads, num_layers
-        )
-        _check_heads(query_heads, key_value_heads, num_layers, hidden_dim)
+        heads = {"num_query_heads": query_heads}
+        if num_key_value_heads is not None:  # Or keys for each query head.
+            heads["num_key_value_heads"] = _checked_heads(
+                "num_key_value_heads", num_key_value_heads, num_layers
+            )
+        shared = heads.get("num_key_value_heads", query_heads)
+        _check_heads(query_heads, shared, num_layers, hidden_dim)
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(
                 "`dropout` is the share of outputs to drop, at least 0 and "
@@ -366,8 +369,7 @@ class DecoderBackbone(LoraBackbone):
             )
         return {
             "num_layers": num_layers,
-            "num_query_heads": query_heads,
-            "num_key_value_heads": key_value_heads,
+            **heads,
             "hidden_dim": hidden_dim,
             "dropout": float(dropout),
             **{name: _checked(name, x) for name, x in numbers.items()},

@@ -8,7 +8,7 @@ from pathlib import Path
 import keras_hub
 
 from converters import keras_folder
-from converters.files import read_bytes, read_json
+from converters.files import read_json
 from keras_bwetaf._later import stand_ins
 from keras_bwetaf.exchange.weights import assign, check_changes
 from keras_bwetaf.layers.initializers import skip_initialization
@@ -123,10 +123,9 @@ def load_tokenizer(cls, files, **options):
         return _from_keras(
             keras_hub.tokenizers.Tokenizer, cls, files, **options
         )
+    content = files.layout.read_tokenizer(files.folder)
     special = files.layout.special_tokens(
-        files.folder,
-        files.layout.read_documents(files.folder),
-        read_bytes(files.tokenizer),
+        files.folder, files.layout.read_documents(files.folder), content
     )
     names = {"end_token": "eos_token", "unk_token": "unk_token"}
     given = {
@@ -134,7 +133,9 @@ def load_tokenizer(cls, files, **options):
         for argument, name in names.items()
         if isinstance(special[name], str)
     }
-    return cls(str(files.tokenizer), **{**given, **options})
+    if files.tokenizer.is_file():
+        content = str(files.tokenizer)
+    return cls(content, **{**given, **options})
 
 
 def _check_tokenizer(files):

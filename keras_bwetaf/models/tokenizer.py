@@ -72,9 +72,9 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
     tokenizer can serve several threads.
 
     Args:
-        tokenizer: A path to a `tokenizer.json`, a `tokenizers.Tokenizer`, or
-            `None` to load the file later, with `load_assets()`. Defaults to
-            `None`.
+        tokenizer: A path to a `tokenizer.json`, its content as bytes, a
+            `tokenizers.Tokenizer`, or `None` to load the file later, with
+            `load_assets()`. Defaults to `None`.
         end_token: str. The special token that ends a document; it is the
             padding token, too. Defaults to `"<|EOS|>"`.
         unk_token: str. The special token for unknown bytes, which a complete
@@ -112,7 +112,7 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
 
     def __init__(
         self,
-        tokenizer: tokenizers.Tokenizer | PathLike | None = None,
+        tokenizer: tokenizers.Tokenizer | PathLike | bytes | None = None,
         end_token: str = "<|EOS|>",
         unk_token: str = "<|UK|>",
         dtype: str = "int32",
@@ -137,6 +137,8 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
         self._add_special_token(unk_token, "unk_token")
         if isinstance(tokenizer, tokenizers.Tokenizer):
             self._set_content(tokenizer.to_str(pretty=True).encode())
+        elif isinstance(tokenizer, bytes):
+            self._set_content(tokenizer)
         elif isinstance(tokenizer, (str, os.PathLike)):
             self._load_file(tokenizer)
         elif tokenizer is not None:

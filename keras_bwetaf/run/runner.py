@@ -48,7 +48,7 @@ from keras_bwetaf.run.folder import (
 )
 from keras_bwetaf.training.checkpoints import TrainingCheckpoint
 from keras_bwetaf.training.monitor import Monitor
-from keras_bwetaf.training.recipes import recipe
+from keras_bwetaf.training.recipes import RECIPES, recipe
 from keras_bwetaf.training.samples import Samples
 
 # Shares to hold out, of documents and of the only one.
@@ -146,7 +146,8 @@ def _train(folder, settings, cls, config):
     # What can be wrong is found out before what takes long.
     epochs = _epochs(settings)
     optimizer = recipe(
-        **{"name": "97m", **settings.recipe}, total_steps=settings.steps
+        **{"name": _card(settings.preset), **settings.recipe},
+        total_steps=settings.steps,
     )
     settings = _with_batch_size(settings, config)
     _check_batch_size(settings)
@@ -186,6 +187,11 @@ def _train(folder, settings, cls, config):
         lm.backbone.merge_lora()
     in_first_process(keep_result, folder, settings.steps, models)
     return lm
+
+
+def _card(preset):
+    """The recipe of a preset's card, or that of the first card."""
+    return preset if preset in RECIPES else "97m"
 
 
 def _callbacks(folder, settings):
