@@ -128,7 +128,7 @@ class Architecture:
         config_from_keras: callable. Takes the arguments of the backbone.
         config_to_keras: callable. The other way.
         shared_code: tuple of str. Modules that those of `auto_map` import.
-        tokenizer: callable. Takes the original's configuration, returns the
+        tokenizer: callable. Takes the size of a vocabulary, returns the
             `KnownTokenizer` of models whose folders have none, or None.
     """
 
@@ -148,7 +148,7 @@ class Architecture:
     config_from_keras: Callable
     config_to_keras: Callable
     shared_code: tuple = ()
-    tokenizer: Callable = lambda flax: None
+    tokenizer: Callable = lambda vocab_size: None
 
     @property
     def code(self):

@@ -107,10 +107,9 @@ def recognizes_flax(flax):
     return "gqa_repeats" not in flax and not OWN_SETTINGS.isdisjoint(flax)
 
 
-def tokenizer(flax):
+def tokenizer(vocab_size):
     """GPT-2's tokenizer, where the vocabulary has room for it."""
-    size = flax.get("vocab_size")
-    has_room = type(size) is int and size >= NUM_TOKENS
+    has_room = type(vocab_size) is int and vocab_size >= NUM_TOKENS
     return gpt2_tokenizer() if has_room else None
 
 

@@ -68,10 +68,9 @@ class FlaxFolder(Format):
 
     def own_tokenizer(self, checkpoint):
         """Without that of the architecture, which folders do not have."""
-        flax = checkpoint.architecture.config_to_flax(
-            checkpoint.config, source=checkpoint.source
+        known = checkpoint.architecture.tokenizer(
+            checkpoint.config["vocab_size"]
         )
-        known = checkpoint.architecture.tokenizer(flax)
         if known and same_tokenizer(known.content, checkpoint.tokenizer):
             return None
         return checkpoint.tokenizer
@@ -180,7 +179,7 @@ class FlaxFolder(Format):
 
 def _known_tokenizer(flax):
     """The `KnownTokenizer` for a folder that has none, or None."""
-    return architecture_of_flax(flax).tokenizer(flax)
+    return architecture_of_flax(flax).tokenizer(flax.get("vocab_size"))
 
 
 @dataclass(frozen=True)

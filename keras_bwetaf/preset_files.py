@@ -115,6 +115,11 @@ class PresetFiles:
     no_tokenizer: str = ""
 
     @property
+    def known_tokenizer(self):
+        """The `KnownTokenizer` of the architecture, or None."""
+        return self.architecture.tokenizer(self.config["vocabulary_size"])
+
+    @property
     def tokenizer(self):
         """Path of the tokenizer's file."""
         return self.folder / self.layout.tokenizer
@@ -165,10 +170,10 @@ def open_preset(preset, revision=None, weights=True, check=None):
     except ConnectionError as error:
         if weights or not known:
             raise
-        architecture = _architecture(known)
-        return PresetFiles(
-            None, None, architecture, known["config"], str(error)
-        )
+        files = PresetFiles(None, None, _architecture(known), known["config"])
+        if files.known_tokenizer:
+            return files
+        return dataclasses.replace(files, no_tokenizer=str(error))
     layout = find_format(folder)
     architecture, config = read_config(folder)
     check(architecture)

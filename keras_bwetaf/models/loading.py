@@ -91,10 +91,13 @@ def load_preprocessor(cls, files, **options):
         As `load_tokenizer`.
     """
     _check_tokenizer(files)
-    if not (files.folder / keras_folder.PREPROCESSOR).is_file():
+    if (
+        files.folder is None
+        or not (files.folder / keras_folder.PREPROCESSOR).is_file()
+    ):
         length = {"sequence_length": files.config["max_sequence_length"]}
         options = {**length, **options}
-    if files.layout.name == "keras":
+    if files.layout is not None and files.layout.name == "keras":
         files.layout.read_documents(files.folder)
         return _from_keras(
             keras_hub.models.CausalLMPreprocessor, cls, files, **options
@@ -118,28 +121,32 @@ def load_tokenizer(cls, files, **options):
         ConnectionError: If the tokenizer has to be downloaded first.
     """
     _check_tokenizer(files)
-    if files.layout.name == "keras":
+    if files.folder is None:
+        known = files.known_tokenizer
+        content, special = known.content, known.special_tokens
+    elif files.layout.name == "keras":
         files.layout.read_documents(files.folder)
         return _from_keras(
             keras_hub.tokenizers.Tokenizer, cls, files, **options
         )
-    content = files.layout.read_tokenizer(files.folder)
-    special = files.layout.special_tokens(
-        files.folder, files.layout.read_documents(files.folder), content
-    )
+    else:
+        content = files.layout.read_tokenizer(files.folder)
+        special = files.layout.special_tokens(
+            files.folder, files.layout.read_documents(files.folder), content
+        )
+        if files.tokenizer.is_file():
+            content = str(files.tokenizer)
     names = {"end_token": "eos_token", "unk_token": "unk_token"}
     given = {
         argument: special[name]
         for argument, name in names.items()
         if isinstance(special[name], str)
     }
-    if files.tokenizer.is_file():
-        content = str(files.tokenizer)
     return cls(content, **{**given, **options})
 
 
 def _check_tokenizer(files):
-    if files.folder is None:
+    if files.folder is None and files.no_tokenizer:
         raise ConnectionError(files.no_tokenizer)
     if files.no_tokenizer:
         raise ValueError(

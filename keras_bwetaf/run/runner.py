@@ -390,8 +390,9 @@ def _tokenizer_and_data(folder, settings, cls):
     fraction = None
     if not is_packed:
         fraction = in_first_process(_prepare, folder, settings)
-    tokenizer = BwETAFTokenizer.from_preset(settings.preset)
-    if settings.vocabulary_size:
+    if not settings.vocabulary_size:
+        tokenizer = BwETAFTokenizer.from_preset(settings.preset)
+    else:
         tokenizer = cls.preprocessor_cls.tokenizer_cls(
             str(folder / TOKENIZER), *SPECIAL_TOKENS
         )

@@ -630,6 +630,35 @@ def test_a_preset_of_the_original_has_gpt2s_tokenizer(tmp_path):
     assert type(tokenizer) is BwETAFV2Tokenizer
 
 
+def test_a_repository_without_a_tokenizer(hub, hub_client, tmp_path):
+    """Is whole: GPT-2's is meant. Without room for it, a file is missing."""
+    source = tmp_path / "flax"
+    originals.run("v2", "save", source, vocab_size=50260, attention_dim=8)
+    hub.add("owner/whole", source)
+    lm = keras_bwetaf.from_preset("hf://owner/whole", dtype="float32")
+    assert type(lm) is BwETAFV2CausalLM
+    assert lm.preprocessor.tokenizer("Hello world").tolist() == [15496, 995]
+    hub.stop()
+    again = keras_bwetaf.from_preset("hf://owner/whole", dtype="float32")
+    assert again.preprocessor.tokenizer.end_token_id == 50256
+
+
+def test_a_repository_that_lacks_its_tokenizer(hub, hub_client, folder):
+    hub.add("owner/small", folder)
+    with pytest.raises(FileNotFoundError, match="Missing: tokenizer/yap.json"):
+        keras_bwetaf.from_preset("hf://owner/small")
+
+
+def test_names_without_the_network(hub, hub_client, monkeypatch):
+    """The configuration is known, and so is the tokenizer."""
+    hub.stop()
+    lm = keras_bwetaf.from_preset(
+        "v2-53m", load_weights=False, num_layers=1, dtype="bfloat16"
+    )
+    assert lm.preprocessor.sequence_length == 2048
+    assert lm.preprocessor.tokenizer("Hello world").tolist() == [15496, 995]
+
+
 # === On several devices ===
 
 
