@@ -147,9 +147,16 @@ def _does_without(repo, revision, commit, files, missing):
     layout = likeliest(files)
     if missing != [layout.tokenizer]:
         return False
+    cached_before = _snapshot(repo, commit).exists()
     with clear_errors(repo, revision):
         folder = download(repo, revision, commit, files, [layout.config])
-    return layout.has_known_tokenizer(folder)
+    try:
+        is_known = layout.has_known_tokenizer(folder)
+    except ValueError:  # It is no configuration.
+        is_known = False
+    if not (is_known or cached_before):
+        _forget(repo, commit)
+    return is_known
 
 
 def _download(repo, revision, commit, files, with_weights, check):
@@ -158,7 +165,7 @@ def _download(repo, revision, commit, files, with_weights, check):
     The optimizer's state, larger than the weights, is not among them. What
     turns out to be no model is removed, unless the user had it before.
     """
-    cached_before = (_hub_folder(repo) / "snapshots" / commit).exists()
+    cached_before = _snapshot(repo, commit).exists()
     layout = likeliest(files)
     weights = matching(files, layout.weights) if with_weights else []
     small = set(matching(files, [*layout.settings, *layout.heads]))
@@ -229,6 +236,11 @@ def _forget(repo, commit):
 def _hub_folder(repo):
     """Where the Hub's cache keeps a repository."""
     return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+
+
+def _snapshot(repo, commit):
+    """Where the Hub's cache keeps a revision of it."""
+    return _hub_folder(repo) / "snapshots" / commit
 
 
 def _lock(repo):

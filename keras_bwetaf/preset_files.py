@@ -65,6 +65,10 @@ PRESETS = {
             "intermediate_dim": 1536,
             "max_sequence_length": 2048,
             "dropout": 0.1,
+            "use_rope": True,
+            "embedding_scale": 1.0,
+            "residual_scale": 1.0,
+            "initializer_range": 0.02,
             "embedding_initializer_range": 0.02,
         },
     },
@@ -73,7 +77,8 @@ PRESETS = {
         "repo": "WICKED4950/BwETAFv2-130M",
         "revision": "main",
         "description": (
-            "English, context 4096, GPT-2's tokenizer (3 billion tokens)"
+            "English, context 8192, trained at 4096 (3 billion tokens), "
+            "GPT-2's tokenizer"
         ),
         "parameters": 130_649_088,
         "config": {
@@ -82,8 +87,12 @@ PRESETS = {
             "num_query_heads": 12,
             "hidden_dim": 768,
             "intermediate_dim": 2304,
-            "max_sequence_length": 4096,
+            "max_sequence_length": 8192,
             "dropout": 0.1,
+            "use_rope": True,
+            "embedding_scale": 1.0,
+            "residual_scale": 1.0,
+            "initializer_range": 0.02,
             "embedding_initializer_range": 0.02,
         },
     },

@@ -45,6 +45,7 @@ REPLACE = {
     "docs/compatibility.md": [],
     "docs/distributed.md": [('"97m"', '"small"')],
     "docs/dtypes.md": [('"97m"', '"small"')],
+    "docs/family.md": [('"v2-53m"', '"small"')],
     "docs/finetuning.md": [
         ('"tiny"', '"small"'),
         ("--preset tiny", "--preset small"),

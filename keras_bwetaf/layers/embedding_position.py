@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from jax.typing import ArrayLike
 
-from keras_bwetaf.layers.rotary_embedding import on_host
+from keras_bwetaf.layers.rotary_embedding import check_not_empty, on_host
 
 
 @functools.cache
@@ -49,6 +49,9 @@ class EmbeddingPosition(keras.layers.Layer):
 
     Returns:
         float tensor `(batch, length, width)`.
+
+    Raises:
+        ValueError: If there are no rows, or no tokens in them.
     """
 
     def __init__(self, *, use_rope: bool, scale: float, **kwargs: Any):
@@ -63,6 +66,7 @@ class EmbeddingPosition(keras.layers.Layer):
     def call(
         self, inputs: ArrayLike, positions: ArrayLike | None = None
     ) -> jax.Array:
+        check_not_empty(inputs)
         x = jnp.asarray(inputs) * self.scale
         if positions is None:
             positions = jnp.arange(inputs.shape[1])

@@ -47,6 +47,15 @@ def on_host(compute: Callable[[], jax.Array]) -> np.ndarray:
         return np.asarray(jax.jit(compute)())
 
 
+def check_not_empty(inputs: ArrayLike) -> None:
+    """Refuses inputs without rows, or without tokens in them."""
+    if 0 in inputs.shape:
+        raise ValueError(
+            "Expected at least one row, of at least one token. Received: "
+            f"inputs of shape {inputs.shape}"
+        )
+
+
 def rotary_angles(
     positions: ArrayLike, frequencies: ArrayLike, dtype: str
 ) -> jax.Array:
@@ -126,11 +135,7 @@ class RotaryEmbedding(keras.layers.Layer):
         positions: ArrayLike | None = None,
         num_shards: int = 1,
     ) -> jax.Array:
-        if 0 in inputs.shape:
-            raise ValueError(
-                "Expected at least one row, of at least one token. Received: "
-                f"inputs of shape {inputs.shape}"
-            )
+        check_not_empty(inputs)
         if positions is None:
             positions = jnp.arange(inputs.shape[1])
         angles = rotary_angles(

@@ -4,6 +4,7 @@ import contextlib
 
 import jax
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from keras_bwetaf import (
     BwETAFV2Tokenizer,
 )
 from keras_bwetaf.layers import EmbeddingPosition
+from keras_bwetaf.models.decoder import DecoderBackbone
 from keras_bwetaf.training import AdamW
 from tests import originals
 from tests.keras_hub_checks import KerasHubTestCase
@@ -391,8 +393,7 @@ def test_cached_steps_are_one_pass(folder, dtype):
         assert (gaps == 0).mean() > 0.9
 
 
-@pytest.mark.parametrize("mode", ["alone", "stream of ids"])
-def test_seeds(folder, mode):
+def test_seeds(folder):
     """A row continues in a batch as alone, and again with the same seed."""
     lm = load(folder)
     inputs = prompts(token_ids((3, 8)), [8, 3, 6])
@@ -539,6 +540,7 @@ def test_names(name, count):
         BwETAFV2Backbone(**{**config, "vocabulary_size": 8}).get_config()
     )
     canonical["vocab_size"] = config["vocabulary_size"]
+    assert architecture.tokenizer(canonical["vocab_size"]) is not None
     shapes = [each.shape for each in architecture.tensors(canonical)]
     assert sum(map(np.prod, shapes)) == count
 
@@ -565,6 +567,19 @@ def test_the_class_follows_from_the_files(folder):
 
 
 # === Text ===
+
+
+def test_bases_find_the_classes(talker):
+    """Those of KerasHub and of this package."""
+    for base, cls in (
+        (keras_hub.models.CausalLM, BwETAFV2CausalLM),
+        (keras_hub.models.Backbone, BwETAFV2Backbone),
+        (keras_hub.models.CausalLMPreprocessor, BwETAFV2CausalLMPreprocessor),
+        (keras_bwetaf.BwETAFCausalLMPreprocessor, BwETAFV2CausalLMPreprocessor),
+        (keras_bwetaf.BwETAFTokenizer, BwETAFV2Tokenizer),
+        (DecoderBackbone, BwETAFV2Backbone),
+    ):
+        assert type(base.from_preset(str(talker))) is cls
 
 
 @pytest.fixture(scope="module")
@@ -653,7 +668,7 @@ def test_names_without_the_network(hub, hub_client, monkeypatch):
     """The configuration is known, and so is the tokenizer."""
     hub.stop()
     lm = keras_bwetaf.from_preset(
-        "v2-53m", load_weights=False, num_layers=1, dtype="bfloat16"
+        "v2-53m", load_weights=False, num_layers=1, hidden_dim=16
     )
     assert lm.preprocessor.sequence_length == 2048
     assert lm.preprocessor.tokenizer("Hello world").tolist() == [15496, 995]
@@ -697,6 +712,12 @@ def test_strategies(tmp_path, strategy):
     for ours, theirs in zip(received[1], expected[1], strict=True):
         assert relative_l2(ours, theirs) < 1e-4
     np.testing.assert_array_equal(received[2], expected[2])
+
+
+@pytest.mark.fast
+def test_no_rows(folder):
+    with pytest.raises(ValueError, match="at least one row.*shape"):
+        load(folder).backbone.hidden_states(np.zeros((0, 4), "int32"))
 
 
 def test_layout_map_has_every_weight():
