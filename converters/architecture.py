@@ -73,6 +73,29 @@ class KerasClass:
 
 
 @dataclass(frozen=True)
+class KerasClasses:
+    """The classes that stand for an architecture, a `KerasClass` each."""
+
+    backbone: KerasClass
+    causal_lm: KerasClass
+    preprocessor: KerasClass
+    tokenizer: KerasClass
+
+
+@dataclass(frozen=True)
+class KnownTokenizer:
+    """A tokenizer that is the same for all models of an architecture.
+
+    Args:
+        content: bytes of a `tokenizers` JSON.
+        special_tokens: dict of `"eos_token"` and `"unk_token"` to str.
+    """
+
+    content: bytes
+    special_tokens: dict
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A kind of model: its tensors, and its configuration in each format.
 
@@ -81,8 +104,9 @@ class Architecture:
     that is missing or not accepted.
 
     Args:
+        name: str. What people call it.
         model_type: str. What the canonical configuration calls it.
-        keras_backbone: `KerasClass`.
+        keras: `KerasClasses`.
         auto_map: mapping of a class of `transformers` to the module, of
             `converters.transformers_model`, and the class that stand for it.
         recognizes_flax: callable. Takes the original's configuration, which
@@ -103,10 +127,14 @@ class Architecture:
             original writes, in its order.
         config_from_keras: callable. Takes the arguments of the backbone.
         config_to_keras: callable. The other way.
+        shared_code: tuple of str. Modules that those of `auto_map` import.
+        tokenizer: callable. Takes the size of a vocabulary, returns the
+            `KnownTokenizer` of models whose folders have none, or None.
     """
 
+    name: str
     model_type: str
-    keras_backbone: KerasClass
+    keras: KerasClasses
     auto_map: Mapping
     recognizes_flax: Callable
     tensors: Callable
@@ -119,9 +147,12 @@ class Architecture:
     flax_settings: Callable
     config_from_keras: Callable
     config_to_keras: Callable
+    shared_code: tuple = ()
+    tokenizer: Callable = lambda vocab_size: None
 
     @property
     def code(self):
         """The files of `converters.transformers_model` that it needs."""
         modules = {each.partition(".")[0] for each in self.auto_map.values()}
+        modules.update(self.shared_code)
         return tuple(f"{module}.py" for module in sorted(modules))

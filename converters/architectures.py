@@ -8,15 +8,19 @@ import os
 from typing import Any
 
 from converters.architecture import Architecture, Tensor
+from converters.bwetaf_v2 import BWETAF_V2
 from converters.bwetaf_v3 import BWETAF_V3
 from converters.errors import CheckpointError
 
 # The first one that recognizes a configuration takes it. Version 3 comes
 # last: it takes what no other does, and then says what is wrong with it.
-ARCHITECTURES = (BWETAF_V3,)
-MODEL_TYPES = {each.model_type: each for each in ARCHITECTURES}
+ARCHITECTURES = (BWETAF_V2, BWETAF_V3)
+MODEL_TYPES = {
+    each.model_type: each
+    for each in sorted(ARCHITECTURES, key=lambda each: each.model_type)
+}
 KERAS_BACKBONES = {
-    each.keras_backbone.registered_name: each for each in ARCHITECTURES
+    each.keras.backbone.registered_name: each for each in ARCHITECTURES
 }
 
 
@@ -73,7 +77,7 @@ def config_from_flax(
     flax: dict[str, Any],
     *,
     dtype: str = "float32",
-    eos_token_id: int = 0,
+    eos_token_id: int | None = None,
     source: str | os.PathLike = "Flax config",
 ) -> dict[str, Any]:
     """Converts the original's configuration to the canonical one.
@@ -82,7 +86,7 @@ def config_from_flax(
         flax: dict, the content of `understanding_good_stuff.json`. Keys
             that change nothing are left out.
         dtype: str. The weights'.
-        eos_token_id: int.
+        eos_token_id: int. Defaults to that of models without a tokenizer.
         source: str or path. For messages.
 
     Returns:
@@ -118,17 +122,20 @@ def config_to_flax(
 def config_from_keras(
     keras: dict[str, Any],
     *,
+    model_type: str = BWETAF_V3.model_type,
     dtype: str = "float32",
-    eos_token_id: int = 0,
+    eos_token_id: int | None = None,
     source: str | os.PathLike = "Keras config",
 ) -> dict[str, Any]:
-    """Converts the configuration of a `BwETAFBackbone` to the canonical one.
+    """Converts the configuration of a Keras backbone to the canonical one.
 
     Args:
         keras: dict with the keys that `config_to_keras` gives; others are
             left out.
+        model_type: str. The architecture: `"bwetaf"`, that of a
+            `BwETAFBackbone`, or another.
         dtype: str. The weights'.
-        eos_token_id: int.
+        eos_token_id: int. Defaults to that of models without a tokenizer.
         source: str or path. For messages.
 
     Returns:
@@ -137,7 +144,8 @@ def config_from_keras(
     Raises:
         CheckpointError: if a value is missing or not accepted.
     """
-    return BWETAF_V3.config_from_keras(
+    architecture = architecture_of({"model_type": model_type}, source=source)
+    return architecture.config_from_keras(
         keras, dtype=dtype, eos_token_id=eos_token_id, source=source
     )
 

@@ -1,8 +1,14 @@
 """The tensors of the version 3 architecture: one table for every direction."""
 
-from converters import bwetaf_v3_config
-from converters.architecture import Architecture, KerasClass, Kind, Tensor
-from converters.bwetaf_v3_config import per_layer
+from converters.architecture import (
+    Architecture,
+    KerasClass,
+    KerasClasses,
+    Kind,
+    Tensor,
+)
+from converters.bwetaf_v3_config import CONFIGURATION
+from converters.configuration import per_layer
 from converters.transforms import Half, Squeeze, Transpose
 
 TURN, FLAT, VALUE, GATE = Transpose(), Squeeze(), Half(0), Half(1)
@@ -52,8 +58,13 @@ LAYER_ROWS = (
 )
 
 
-def tensors(config):
-    """Lists the tensors of a model; see `Architecture`."""
+def tensors(config, layer_rows=LAYER_ROWS):
+    """Lists the tensors of a model; see `Architecture`.
+
+    Args:
+        config: dict. A canonical configuration.
+        layer_rows: tuple of rows as in `LAYER_ROWS`.
+    """
     sizes = {
         "1": 1,
         "v": config["vocab_size"],
@@ -71,7 +82,7 @@ def tensors(config):
             f"model.layers.{layer}.",
             f"transformer_layer_{layer}/",
         )
-        result += [_tensor(row, sizes, prefixes) for row in LAYER_ROWS]
+        result += [_tensor(row, sizes, prefixes) for row in layer_rows]
     return result
 
 
@@ -88,9 +99,33 @@ def _tensor(row, sizes, prefixes=("", "", "")):
 
 
 BWETAF_V3 = Architecture(
-    model_type=bwetaf_v3_config.MODEL_TYPE,
-    keras_backbone=KerasClass(
-        "keras_bwetaf", "models.backbone", "BwETAFBackbone", "bw_etaf_backbone"
+    name="BwETAFv3",
+    model_type=CONFIGURATION.model_type,
+    keras=KerasClasses(
+        backbone=KerasClass(
+            "keras_bwetaf",
+            "models.backbone",
+            "BwETAFBackbone",
+            "bw_etaf_backbone",
+        ),
+        causal_lm=KerasClass(
+            "keras_bwetaf",
+            "models.causal_lm",
+            "BwETAFCausalLM",
+            "bw_etaf_causal_lm",
+        ),
+        preprocessor=KerasClass(
+            "keras_bwetaf",
+            "models.causal_lm_preprocessor",
+            "BwETAFCausalLMPreprocessor",
+            "bw_etaf_causal_lm_preprocessor",
+        ),
+        tokenizer=KerasClass(
+            "keras_bwetaf",
+            "models.tokenizer",
+            "BwETAFTokenizer",
+            "bw_etaf_tokenizer",
+        ),
     ),
     auto_map={
         "AutoConfig": "configuration_bwetaf.BwETAFConfig",
@@ -99,13 +134,5 @@ BWETAF_V3 = Architecture(
     },
     recognizes_flax=lambda flax: True,
     tensors=tensors,
-    config_names=tuple(bwetaf_v3_config.CANONICAL_NAMES),
-    check_config=bwetaf_v3_config.check_config,
-    check_equal=bwetaf_v3_config.check_equal,
-    canonical_config=bwetaf_v3_config.canonical_config,
-    config_from_flax=bwetaf_v3_config.config_from_flax,
-    config_to_flax=bwetaf_v3_config.config_to_flax,
-    flax_settings=bwetaf_v3_config.flax_settings,
-    config_from_keras=bwetaf_v3_config.config_from_keras,
-    config_to_keras=bwetaf_v3_config.config_to_keras,
+    **CONFIGURATION.functions,
 )

@@ -221,13 +221,13 @@ def end_token_id(tokenizer, tokenizer_source, end_token, settings_source):
         settings_source: str or path. That file, for messages.
 
     Returns:
-        int. 0 without a tokenizer.
+        int, or None without a tokenizer.
 
     Raises:
         CheckpointError: if the tokenizer has no such token.
     """
     if tokenizer is None:
-        return 0
+        return None
     ids, _ = token_ids(tokenizer, tokenizer_source)
     known = isinstance(end_token, str) and type(ids.get(end_token)) is int
     refuse(

@@ -7,7 +7,13 @@ import numpy as np
 
 from converters import kept
 from converters.architectures import architecture_of_flax
-from converters.checkpoint import MOMENTS, STEP, check_coverage, token_ids
+from converters.checkpoint import (
+    MOMENTS,
+    STEP,
+    check_coverage,
+    same_tokenizer,
+    token_ids,
+)
 from converters.errors import CheckpointError, refuse
 from converters.files import read_bytes, read_json
 from converters.flax_format import flatten, nest, read_flax, write_flax
@@ -51,17 +57,34 @@ class FlaxFolder(Format):
         return documents
 
     def read_tokenizer(self, folder):
-        is_there = (folder / TOKENIZER).parent.is_dir()
-        return read_bytes(folder / TOKENIZER) if is_there else None
+        """The folder's tokenizer, or that of the architecture, or None."""
+        if (folder / TOKENIZER).parent.is_dir():
+            return read_bytes(folder / TOKENIZER)
+        known = _known_tokenizer(read_json(folder / CONFIG))
+        return known and known.content
+
+    def has_known_tokenizer(self, folder):
+        return _known_tokenizer(read_json(folder / CONFIG)) is not None
+
+    def own_tokenizer(self, checkpoint):
+        """Without that of the architecture, which folders do not have."""
+        known = checkpoint.architecture.tokenizer(
+            checkpoint.config["vocab_size"]
+        )
+        if known and same_tokenizer(known.content, checkpoint.tokenizer):
+            return None
+        return checkpoint.tokenizer
 
     def special_tokens(self, folder, documents, tokenizer):
+        if TOKENIZER_CONFIG not in documents:
+            return dict(_known_tokenizer(documents[CONFIG]).special_tokens)
         settings = documents[TOKENIZER_CONFIG]
         return {
             "eos_token": settings.get("eos_token"),
             "unk_token": settings.get("uk_token"),
         }
 
-    def canonical_config(self, folder, documents, eos_token_id=0):
+    def canonical_config(self, folder, documents, eos_token_id=None):
         architecture = architecture_of_flax(documents[CONFIG])
         return architecture, architecture.config_from_flax(
             documents[CONFIG],
@@ -107,7 +130,7 @@ class FlaxFolder(Format):
             ),
             TOKENIZER_CONFIG: {},
         }
-        if checkpoint.tokenizer is not None:
+        if self.own_tokenizer(checkpoint) is not None:
             ids, special = token_ids(checkpoint.tokenizer, checkpoint.source)
             documents[TOKENIZER_CONFIG] = {
                 "name": "tokenizer",
@@ -123,6 +146,12 @@ class FlaxFolder(Format):
     def checked(self, documents, checkpoint):
         _check_halves(checkpoint)
         architecture, source = checkpoint.architecture, checkpoint.source
+        if architecture_of_flax(documents[CONFIG]) is not architecture:
+            raise CheckpointError(
+                f"{source}: the side file's settings of {CONFIG} are not those "
+                f"of a {architecture.name} model. Remove {kept.FILE_NAME} to "
+                "go on without it."
+            )
         written = architecture.config_from_flax(
             documents[CONFIG], source=source
         )
@@ -146,6 +175,11 @@ class FlaxFolder(Format):
         chain = documents[OPTIMIZER]
         state = _optax_state(chain, adam, step, checkpoint.source)
         write_flax(folder / OPTIMIZER, state)
+
+
+def _known_tokenizer(flax):
+    """The `KnownTokenizer` for a folder that has none, or None."""
+    return architecture_of_flax(flax).tokenizer(flax.get("vocab_size"))
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class Format(abc.ABC):
         write_files(
             folder,
             {
-                self.tokenizer: checkpoint.tokenizer,
+                self.tokenizer: self.own_tokenizer(checkpoint),
                 self.stats: checkpoint.stats,
                 kept.FILE_NAME: kept.others(checkpoint.kept, self.entry),
             },
@@ -168,6 +168,14 @@ class Format(abc.ABC):
         """The bytes of a `tokenizers` JSON, or None."""
         return read_bytes_or_none(folder / self.tokenizer)
 
+    def has_known_tokenizer(self, folder):
+        """Whether a folder (a path) does without a tokenizer's file."""
+        return False
+
+    def own_tokenizer(self, checkpoint):
+        """The bytes of the tokenizer that belongs into a folder, or None."""
+        return checkpoint.tokenizer
+
     @abc.abstractmethod
     def special_tokens(self, folder, documents, tokenizer):
         """The special tokens of a folder that has a tokenizer.
@@ -183,13 +191,13 @@ class Format(abc.ABC):
         """
 
     @abc.abstractmethod
-    def canonical_config(self, folder, documents, eos_token_id=0):
+    def canonical_config(self, folder, documents, eos_token_id=None):
         """The configuration of the model.
 
         Args:
             folder: path. For messages.
             documents: dict, what `read_documents` returned.
-            eos_token_id: int.
+            eos_token_id: int, or None for that of models without a tokenizer.
 
         Returns:
             `Architecture`, and dict: the canonical configuration.

@@ -141,7 +141,7 @@ class HuggingFaceFolder(Format):
             tokens["eos_token"] = by_id.get(str(end))
         return tokens
 
-    def canonical_config(self, folder, documents, eos_token_id=0):
+    def canonical_config(self, folder, documents, eos_token_id=None):
         config = documents[CONFIG]
         architecture = architecture_of(config, source=folder / CONFIG)
         return architecture, architecture.canonical_config(

@@ -6,7 +6,6 @@ import re
 from pathlib import Path, PurePosixPath
 
 from converters import kept
-from converters.architecture import KerasClass
 from converters.architectures import ARCHITECTURES, KERAS_BACKBONES
 from converters.checkpoint import MOMENTS, STEP, check_coverage
 from converters.errors import CheckpointError
@@ -26,18 +25,6 @@ SHARDS = "model.weights.json"
 OPTIMIZER = "optimizer.weights.h5"
 SHARD = "model_?????.weights.h5"
 DOCUMENTS = (CONFIG, METADATA, TOKENIZER_CONFIG, PREPROCESSOR, TASK)
-CAUSAL_LM, PREPROCESSING, TOKENIZING = (
-    KerasClass("keras_bwetaf", *each)
-    for each in (
-        ("models.causal_lm", "BwETAFCausalLM", "bw_etaf_causal_lm"),
-        (
-            "models.causal_lm_preprocessor",
-            "BwETAFCausalLMPreprocessor",
-            "bw_etaf_causal_lm_preprocessor",
-        ),
-        ("models.tokenizer", "BwETAFTokenizer", "bw_etaf_tokenizer"),
-    )
-)
 # Module and name of each class that a document may have Keras import.
 CLASSES = (
     (None, None),
@@ -45,10 +32,8 @@ CLASSES = (
     ("keras", "DTypePolicyMap"),
     *(
         (each.path, each.name)
-        for each in (
-            *(architecture.keras_backbone for architecture in ARCHITECTURES),
-            *(CAUSAL_LM, PREPROCESSING, TOKENIZING),
-        )
+        for architecture in ARCHITECTURES
+        for each in vars(architecture.keras).values()
     ),
 )
 # Keras names groups by class and attribute where its paths have the names of
@@ -132,7 +117,7 @@ class KerasFolder(Format):
             "unk_token": settings.get("unk_token"),
         }
 
-    def canonical_config(self, folder, documents, eos_token_id=0):
+    def canonical_config(self, folder, documents, eos_token_id=None):
         source = folder / CONFIG
         architecture, keras_config = _backbone(documents[CONFIG], source)
         return architecture, architecture.config_from_keras(
@@ -168,8 +153,9 @@ class KerasFolder(Format):
 
     def documents(self, checkpoint):
         config, architecture = checkpoint.config, checkpoint.architecture
+        causal_lm = architecture.keras.causal_lm
         backbone = _object(
-            architecture.keras_backbone,
+            architecture.keras.backbone,
             config["dtype"],
             architecture.config_to_keras(config),
         )
@@ -187,14 +173,14 @@ class KerasFolder(Format):
         if checkpoint.tokenizer is not None:
             documents |= _preprocessing(checkpoint)
         documents[TASK] = {
-            "module": CAUSAL_LM.path,
-            "class_name": CAUSAL_LM.name,
+            "module": causal_lm.path,
+            "class_name": causal_lm.name,
             "config": {
                 "backbone": backbone,
                 "preprocessor": documents[PREPROCESSOR] or None,
-                "name": CAUSAL_LM.default,
+                "name": causal_lm.default,
             },
-            "registered_name": CAUSAL_LM.registered_name,
+            "registered_name": causal_lm.registered_name,
         }
         return documents
 
@@ -333,8 +319,9 @@ def _read_files(folder):
 
 def _preprocessing(checkpoint):
     """The documents of a checkpoint's tokenizer and preprocessor."""
+    classes = checkpoint.architecture.keras
     tokenizer = _object(
-        TOKENIZING,
+        classes.tokenizer,
         "int32",
         {
             "config_file": "tokenizer.json",
@@ -343,7 +330,7 @@ def _preprocessing(checkpoint):
         },
     )
     preprocessor = _object(
-        PREPROCESSING,
+        classes.preprocessor,
         "float32",
         {
             "tokenizer": tokenizer,

@@ -132,6 +132,7 @@ class TorchModel:
             },
             attn_implementation="eager",
             eos_token_id=None,  # Nothing ends a continuation early.
+            pad_token_id=None,
         )
         self._model = model_class(config).eval()
         with torch.inference_mode():

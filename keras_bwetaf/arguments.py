@@ -34,7 +34,7 @@ class TextDataset(Protocol):
 
 
 class BackboneConfig(TypedDict, total=False):
-    """Of `BwETAFBackbone`, but for the dtype."""
+    """Of the backbones, each of which has some, but for the dtype."""
 
     vocabulary_size: int
     num_layers: int
@@ -46,6 +46,9 @@ class BackboneConfig(TypedDict, total=False):
     dropout: float
     rope_max_wavelength: float
     rope_dtype: Literal["float32", "bfloat16", "float16"] | None
+    use_rope: bool
+    embedding_scale: float
+    residual_scale: float
     layer_norm_epsilon: float
     initializer_range: float
     embedding_initializer_range: float | None

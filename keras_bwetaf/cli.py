@@ -22,9 +22,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-import converters
 import keras_bwetaf
-from converters.architectures import tensors
 from converters.errors import printable
 from converters.files import new_file, new_folder
 from keras_bwetaf import preset_files
@@ -243,10 +241,11 @@ def info(
     else:
         if folder is None:
             folder = preset_files.preset_folder(preset, revision, weights=False)
-        config = preset_files.backbone_config(folder)
+        architecture, config = preset_files.read_config(folder)
+        canonical = architecture.config_from_keras(config)
         parameters = sum(
             math.prod(tensor.shape)
-            for tensor in tensors(converters.config_from_keras(config))
+            for tensor in architecture.tensors(canonical)
         )
     table = Table("", "", title=printable(preset), show_header=False)
     for name, value in config.items():

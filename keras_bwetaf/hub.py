@@ -95,7 +95,8 @@ def fetch(repo, revision, weights, check):
         revision: str. Branch, tag or commit.
         weights: bool. `False` leaves the weights out.
         check: callable. Takes the folder before the weights are there, and
-            raises a ValueError if it is not one of this architecture.
+            raises a ValueError if it is not a model, or not the one that is
+            wanted.
 
     Returns:
         Path of a folder.
@@ -105,7 +106,8 @@ def fetch(repo, revision, weights, check):
     commit, files = resolve(
         repo, known, lambda names: not _missing(names, weights)
     )
-    if missing := _missing(files, weights):
+    missing = _missing(files, weights)
+    if missing and not _does_without(repo, known, commit, files, missing):
         raise FileNotFoundError(
             f"The repository {repo} does not hold a whole model. Missing: "
             f"{', '.join(missing)}. Its owner has to add them, or pass a "
@@ -140,19 +142,36 @@ def _missing(names, weights):
     return [name for name in needed if name not in names]
 
 
+def _does_without(repo, revision, commit, files, missing):
+    """Whether all that is missing is a tokenizer that is known."""
+    layout = likeliest(files)
+    if missing != [layout.tokenizer]:
+        return False
+    cached_before = _snapshot(repo, commit).exists()
+    with clear_errors(repo, revision):
+        folder = download(repo, revision, commit, files, [layout.config])
+    try:
+        is_known = layout.has_known_tokenizer(folder)
+    except ValueError:  # It is no configuration.
+        is_known = False
+    if not (is_known or cached_before):
+        _forget(repo, commit)
+    return is_known
+
+
 def _download(repo, revision, commit, files, with_weights, check):
     """Downloads and checks files.
 
     The optimizer's state, larger than the weights, is not among them. What
     turns out to be no model is removed, unless the user had it before.
     """
-    cached_before = (_hub_folder(repo) / "snapshots" / commit).exists()
+    cached_before = _snapshot(repo, commit).exists()
     layout = likeliest(files)
     weights = matching(files, layout.weights) if with_weights else []
     small = set(matching(files, [*layout.settings, *layout.heads]))
     small -= set(matching(files, layout.weights))
     try:
-        # Weights come last: first it must be a model of this architecture.
+        # Weights come last: first it must be the model that is wanted.
         for batch in filter(None, (sorted(small), weights)):
             folder = download(repo, revision, commit, files, batch)
             check(folder)
@@ -217,6 +236,11 @@ def _forget(repo, commit):
 def _hub_folder(repo):
     """Where the Hub's cache keeps a repository."""
     return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+
+
+def _snapshot(repo, commit):
+    """Where the Hub's cache keeps a revision of it."""
+    return _hub_folder(repo) / "snapshots" / commit
 
 
 def _lock(repo):

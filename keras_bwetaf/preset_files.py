@@ -7,13 +7,17 @@ from typing import Any
 
 from huggingface_hub import constants
 
-import converters
 from converters import keras_folder
+from converters.architecture import Architecture
+from converters.architectures import MODEL_TYPES
+from converters.bwetaf_v2 import BWETAF_V2
+from converters.bwetaf_v3 import BWETAF_V3
 from converters.format import Format
 from converters.formats import find_format
 from converters.hub import parse_source
 from keras_bwetaf import hub
 
+# Of version 3, where no `model_type` is named.
 PRESETS = {
     "tiny": {
         "folder": Path(__file__).parent / "assets" / "tiny",
@@ -45,7 +49,55 @@ PRESETS = {
             "embedding_initializer_range": 0.02,
         },
     },
+    "v2-53m": {
+        "model_type": BWETAF_V2.model_type,
+        "repo": "WICKED4950/BwETAFv2-53M",
+        "revision": "main",
+        "description": (
+            "English, context 2048, GPT-2's tokenizer (1.3 billion tokens)"
+        ),
+        "parameters": 53_012_480,
+        "config": {
+            "vocabulary_size": 50260,
+            "num_layers": 8,
+            "num_query_heads": 8,
+            "hidden_dim": 512,
+            "intermediate_dim": 1536,
+            "max_sequence_length": 2048,
+            "dropout": 0.1,
+            "use_rope": True,
+            "embedding_scale": 1.0,
+            "residual_scale": 1.0,
+            "initializer_range": 0.02,
+            "embedding_initializer_range": 0.02,
+        },
+    },
+    "v2-130m": {
+        "model_type": BWETAF_V2.model_type,
+        "repo": "WICKED4950/BwETAFv2-130M",
+        "revision": "main",
+        "description": (
+            "English, context 8192, trained at 4096 (3 billion tokens), "
+            "GPT-2's tokenizer"
+        ),
+        "parameters": 130_649_088,
+        "config": {
+            "vocabulary_size": 50260,
+            "num_layers": 12,
+            "num_query_heads": 12,
+            "hidden_dim": 768,
+            "intermediate_dim": 2304,
+            "max_sequence_length": 8192,
+            "dropout": 0.1,
+            "use_rope": True,
+            "embedding_scale": 1.0,
+            "residual_scale": 1.0,
+            "initializer_range": 0.02,
+            "embedding_initializer_range": 0.02,
+        },
+    },
 }
+PRESETS["v3-97m"] = PRESETS["97m"]
 
 # Of the folder of a training run: what makes it one, and its model.
 RUN_SETTINGS = "config.yaml"
@@ -60,14 +112,21 @@ class PresetFiles:
         folder: Path; or None if weights are not wanted and the repository of
             a preset with a name cannot be reached.
         layout: `converters.format.Format`, or None.
+        architecture: `converters.architecture.Architecture`.
         config: dict. The backbone's configuration.
         no_tokenizer: str. Why there is no tokenizer; empty if there is one.
     """
 
     folder: Path | None
     layout: Format | None
+    architecture: Architecture
     config: dict
     no_tokenizer: str = ""
+
+    @property
+    def known_tokenizer(self):
+        """The `KnownTokenizer` of the architecture, or None."""
+        return self.architecture.tokenizer(self.config["vocabulary_size"])
 
     @property
     def tokenizer(self):
@@ -93,7 +152,7 @@ def list_presets() -> dict[str, dict[str, Any]]:
     }
 
 
-def open_preset(preset, revision=None, weights=True):
+def open_preset(preset, revision=None, weights=True, check=None):
     """The files of a preset, downloaded and converted if needed.
 
     Args:
@@ -101,6 +160,9 @@ def open_preset(preset, revision=None, weights=True):
         revision: str. As for `from_preset`.
         weights: bool. `False` is content without them; then the configuration
             of a preset with a name is the one that this package knows.
+        check: callable, optional. Takes the `Architecture` as soon as it is
+            known, before weights are downloaded, and raises an error if it is
+            not what is wanted.
 
     Returns:
         `PresetFiles`.
@@ -109,32 +171,41 @@ def open_preset(preset, revision=None, weights=True):
         As `from_preset`.
     """
     known = PRESETS.get(preset) if isinstance(preset, str) else None
+    check = check or (lambda architecture: None)
+    if known:
+        check(_architecture(known))
     try:
-        folder = preset_folder(preset, revision, weights=weights)
+        folder = preset_folder(preset, revision, weights, check)
     except ConnectionError as error:
         if weights or not known:
             raise
-        return PresetFiles(None, None, known["config"], str(error))
+        files = PresetFiles(None, None, _architecture(known), known["config"])
+        if files.known_tokenizer:
+            return files
+        return dataclasses.replace(files, no_tokenizer=str(error))
     layout = find_format(folder)
-    config = backbone_config(folder)
+    architecture, config = read_config(folder)
+    check(architecture)
     if weights:
         layout.check_weights(folder)  # A wrong size may ask for any memory.
     elif layout.name != "keras" and known:
         config = known.get("config", config)
-    files = PresetFiles(folder, layout, config)
-    if files.tokenizer.is_file():
+    files = PresetFiles(folder, layout, architecture, config)
+    if files.tokenizer.is_file() or layout.has_known_tokenizer(folder):
         return files
     reason = f"There is no {layout.tokenizer}."
     return dataclasses.replace(files, no_tokenizer=reason)
 
 
-def preset_folder(preset, revision=None, weights=True):
+def preset_folder(preset, revision=None, weights=True, check=None):
     """The local folder of a preset, downloaded and converted if needed.
 
     Args:
         preset: str or path. As for `from_preset`.
         revision: str. As for `from_preset`.
         weights: bool. `False` is content with a folder that lacks them.
+        check: callable, optional. As for `open_preset`; called for what is
+            downloaded.
 
     Returns:
         A `Path`.
@@ -145,8 +216,14 @@ def preset_folder(preset, revision=None, weights=True):
     repo, revision = _repository(preset, revision)
     if repo is None:
         return _folder(preset)
+
+    def check_folder(folder):
+        architecture, _ = read_config(folder)
+        if check is not None:
+            check(architecture)
+
     return hub.cached(repo, revision) or hub.fetch(
-        repo, revision, weights, check=backbone_config
+        repo, revision, weights, check_folder
     )
 
 
@@ -181,20 +258,36 @@ def load_config(preset):
     Raises:
         As `from_preset`.
     """
+    _, config = load_architecture(preset)
+    return config
+
+
+def load_architecture(preset):
+    """What a preset is; no network for known names.
+
+    Args:
+        preset: str or path. As for `from_preset`.
+
+    Returns:
+        Tuple of `Architecture`, and dict: the backbone's configuration.
+
+    Raises:
+        As `from_preset`.
+    """
     known = PRESETS.get(preset) if isinstance(preset, str) else None
     if known and "config" in known:
-        return known["config"]
-    return backbone_config(preset_folder(preset, weights=False))
+        return _architecture(known), known["config"]
+    return read_config(preset_folder(preset, weights=False))
 
 
-def backbone_config(folder):
-    """The backbone's configuration of a model in a folder.
+def read_config(folder):
+    """What the model in a folder is.
 
     Args:
         folder: path. It may lack weights and tokenizer.
 
     Returns:
-        dict.
+        Tuple of `Architecture`, and dict: the backbone's configuration.
 
     Raises:
         ValueError: If it is no folder of a model, or the configuration is
@@ -202,10 +295,10 @@ def backbone_config(folder):
     """
     layout = find_format(folder)
     documents = layout.read_documents(folder)
-    _, config = layout.canonical_config(folder, documents)
+    architecture, config = layout.canonical_config(folder, documents)
     if layout.name == "keras":
-        return keras_folder.read_config(folder)  # Dtypes, too.
-    return converters.config_to_keras(config)
+        return architecture, keras_folder.read_config(folder)  # Dtypes, too.
+    return architecture, architecture.config_to_keras(config)
 
 
 def _repository(preset, revision):
@@ -239,6 +332,11 @@ def _repository(preset, revision):
             f"preset={os.fspath(preset)!r}, revision={revision!r}"
         )
     return None, None
+
+
+def _architecture(known):
+    """The `Architecture` of an entry of `PRESETS`."""
+    return MODEL_TYPES[known.get("model_type", BWETAF_V3.model_type)]
 
 
 def _folder(preset):

@@ -3,7 +3,7 @@
 from typing import Unpack
 
 from keras_bwetaf.arguments import BackboneConfig, DType, PathLike
-from keras_bwetaf.models.causal_lm import BwETAFCausalLM
+from keras_bwetaf.models.decoder_lm import CausalLM
 
 
 def from_preset(
@@ -12,8 +12,8 @@ def from_preset(
     load_weights: bool = True,
     revision: str | None = None,
     **config: Unpack[BackboneConfig],
-) -> BwETAFCausalLM:
-    """Loads a model with its tokenizer.
+) -> CausalLM:
+    """Loads a model with its tokenizer, of the class that its files ask for.
 
     A repository is downloaded once, by `huggingface_hub` and its settings
     (`HF_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, ...), checked,
@@ -38,7 +38,7 @@ def from_preset(
             `rope_dtype="float32"` or `dropout=0.1`.
 
     Returns:
-        A `BwETAFCausalLM`.
+        A `BwETAFCausalLM`, or the causal LM of another architecture.
 
     Raises:
         ValueError: If the preset is unknown, its files are damaged, or
@@ -57,6 +57,6 @@ def from_preset(
     lm.generate("The night sky", max_new_tokens=64)
     ```
     """
-    return BwETAFCausalLM.from_preset(
+    return CausalLM.from_preset(
         preset, load_weights, dtype=dtype, revision=revision, **config
     )

@@ -204,7 +204,7 @@ def recommend(
 def _compiled(config, dtype, sequence_length, known, num_devices):
     """The row of `COMPILED` for this training, or None."""
     card = PRESETS["97m"]["config"]
-    is_same_model = all(config[name] == card[name] for name in SHAPE)
+    is_same_model = all(config.get(name) == card[name] for name in SHAPE)
     is_same_step = (dtype, sequence_length) == (
         "bfloat16",
         card["max_sequence_length"],

@@ -12,7 +12,7 @@ import keras_hub
 import converters
 from converters.hub import SCHEME, is_address
 from keras_bwetaf.arguments import PathLike
-from keras_bwetaf.preset_files import backbone_config
+from keras_bwetaf.preset_files import read_config
 
 CARD = "README.md"
 TEMPLATE = """\
@@ -23,7 +23,7 @@ tags:
 - keras_bwetaf
 ---
 
-A BwETAFv3 language model, saved by `keras_bwetaf`, which loads it:
+A {name} language model, saved by `keras_bwetaf`, which loads it:
 
 ```python
 import keras_bwetaf
@@ -65,14 +65,18 @@ def upload_preset(uri: str, preset: PathLike) -> None:
             "Only a folder that `save_to_preset` wrote can be uploaded. "
             f"Received: preset={str(preset)!r}"
         )
-    config = backbone_config(folder)
+    architecture, config = read_config(folder)
     if is_address(uri):
         repo = huggingface_hub.create_repo(
             uri[len(SCHEME) :], exist_ok=True
         ).repo_id
         if not huggingface_hub.file_exists(repo, CARD):
             own = folder / CARD
-            card = own.read_text() if own.exists() else _card(repo, config)
+            card = (
+                own.read_text()
+                if own.exists()
+                else _card(repo, architecture, config)
+            )
             huggingface_hub.upload_file(
                 path_or_fileobj=card.encode(),
                 path_in_repo=CARD,
@@ -81,10 +85,12 @@ def upload_preset(uri: str, preset: PathLike) -> None:
     keras_hub.upload_preset(uri, str(folder))
 
 
-def _card(repo, config):
+def _card(repo, architecture, config):
     rows = [
         f"| {name} | {value} |"
         for name, value in config.items()
         if name not in ("name", "trainable", "dtype", "inputs_quantizers")
     ]
-    return TEMPLATE.format(repo=repo, rows="\n".join(rows))
+    return TEMPLATE.format(
+        name=architecture.name, repo=repo, rows="\n".join(rows)
+    )

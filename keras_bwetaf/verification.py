@@ -7,7 +7,6 @@ import keras_hub
 import numpy as np
 from jax.experimental import io_callback
 
-from keras_bwetaf.models.causal_lm import BwETAFCausalLM
 from keras_bwetaf.presets import from_preset
 
 
@@ -22,7 +21,7 @@ class KerasModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # A tokenizer is not needed.
             lm = from_preset(folder, dtype="float32")
-        self._lm = BwETAFCausalLM(lm.backbone)
+        self._lm = type(lm)(lm.backbone)
 
     def logits(self, token_ids):
         token_ids = token_ids.astype("int32")

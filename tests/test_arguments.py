@@ -11,6 +11,7 @@ from keras_bwetaf import (
     BwETAFBackbone,
     BwETAFCausalLM,
     BwETAFSampler,
+    BwETAFV2Backbone,
     arguments,
 )
 from keras_bwetaf.run.settings import TrainingSettings
@@ -38,7 +39,10 @@ def names(keywords):
 
 
 def test_backbone():
-    assert names(arguments.BackboneConfig) == set(BwETAFBackbone.config_names())
+    backbones = (BwETAFBackbone, BwETAFV2Backbone)
+    assert names(arguments.BackboneConfig) == {
+        name for each in backbones for name in each.config_names()
+    }
 
 
 def test_sampling():

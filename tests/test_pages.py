@@ -57,6 +57,7 @@ REPLACE = {
         ),
         ('"tiny"', '"small"'),
     ],
+    "docs/family.md": [('"v2-53m"', '"small"')],
     "docs/finetuning.md": [
         ('"tiny"', '"small"'),
         ("--preset tiny", "--preset small"),

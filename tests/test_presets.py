@@ -23,7 +23,6 @@ from huggingface_hub import constants
 
 import converters
 from converters import hugging_face_folder
-from converters.bwetaf_v3 import tensors
 from keras_bwetaf import BwETAFTokenizer, preset_files
 from keras_bwetaf import hub as hub_module
 from keras_bwetaf.preset_files import list_presets
@@ -171,15 +170,14 @@ def listing(folder):
 
 def test_presets_describe_themselves():
     for name in preset_files.PRESETS:
+        architecture, config = preset_files.load_architecture(name)
         backbone = {
             "rope_max_wavelength": 10000.0,
             "layer_norm_epsilon": 1e-8,
-            **preset_files.load_config(name),
+            **config,
         }
-        shapes = [
-            tensor.shape
-            for tensor in tensors(converters.config_from_keras(backbone))
-        ]
+        canonical = architecture.config_from_keras(backbone)
+        shapes = [tensor.shape for tensor in architecture.tensors(canonical)]
         count = sum(int(np.prod(shape)) for shape in shapes)
         assert list_presets()[name]["parameters"] == count
     assert list_presets()["97m"]["parameters"] == 97_609_728

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-import converters
-from converters.architectures import tensors
 from converters.checkpoint import STEP, Checkpoint
 from converters.mapped import Held, View
 from keras_bwetaf.exchange.optimizer_state import optimizer_state
@@ -39,10 +37,11 @@ def as_checkpoint(lm, include_optimizer=False):
             f"{', '.join(sorted(map(str, modes - {None})))}"
         )
     tokenizer = lm.preprocessor and lm.preprocessor.tokenizer
-    config = converters.config_from_keras(
+    architecture = lm.backbone.architecture
+    config = architecture.config_from_keras(
         lm.backbone.get_config(),
         dtype=lm.backbone.variable_dtype,
-        eos_token_id=tokenizer.end_token_id if tokenizer else 0,
+        eos_token_id=tokenizer.end_token_id if tokenizer else None,
         source="the model",
     )
     variables = {variable.path: variable for variable in lm.backbone.weights}
@@ -53,7 +52,7 @@ def as_checkpoint(lm, include_optimizer=False):
     }
     weights = {
         row.name: _Weight(variables[row.keras], lora_layers.get(row.keras))
-        for row in tensors(config)
+        for row in architecture.tensors(config)
     }
     return Checkpoint(
         source="the model",

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-import converters
-from converters.architectures import tensors
 from converters.checkpoint import MOMENTS, STEP
 from converters.errors import refuse
 
@@ -153,8 +151,7 @@ def _adam(model):
         ValueError: If it has none, or one with more state than Adam's own.
     """
     backbone = getattr(model, "backbone", None)
-    names = map(keras.saving.get_registered_name, type(backbone).__mro__)
-    if not any(name.startswith("keras_bwetaf>") for name in names):
+    if getattr(backbone, "architecture", None) is None:
         raise ValueError(
             "Expected a BwETAFCausalLM, whose weights have canonical names. "
             f"Received: model={model!r} of type {type(model).__name__}"
@@ -229,8 +226,9 @@ def _check_trainable(model):
     Raises:
         ValueError: That lists the weights that are frozen or added.
     """
-    config = converters.config_from_keras(model.backbone.get_config())
-    names = {row.keras: row.name for row in tensors(config)}
+    architecture = model.backbone.architecture
+    config = architecture.config_from_keras(model.backbone.get_config())
+    names = {row.keras: row.name for row in architecture.tensors(config)}
     trained = [variable.path for variable in model.trainable_variables]
     problems = [f"{path} is frozen" for path in names if path not in trained]
     problems += [

@@ -4,27 +4,30 @@ import jax
 import numpy as np
 
 import converters
-from converters.architectures import tensors
 from keras_bwetaf.layers.sharding import mesh
 
 
-def _shapes(config):
+def _shapes(architecture, config):
     """Shapes by path of the variables that a configuration leads to."""
-    canonical = converters.config_from_keras(config)
-    return {each.keras: each.shape for each in tensors(canonical)}
+    canonical = architecture.config_from_keras(config)
+    return {each.keras: each.shape for each in architecture.tensors(canonical)}
 
 
-def check_changes(config, changes):
+def check_changes(architecture, config, changes):
     """Refuses changes to a configuration that its weights do not fit.
 
     Args:
+        architecture: `converters.architecture.Architecture`.
         config: dict.
         changes: dict.
 
     Raises:
         ValueError: If a shape changes.
     """
-    _check_fit(_shapes(config), _shapes({**config, **changes}))
+    _check_fit(
+        _shapes(architecture, config),
+        _shapes(architecture, {**config, **changes}),
+    )
 
 
 def _check_fit(found, wanted):

@@ -34,6 +34,7 @@ class GenerationState(NamedTuple):
     num_tokens: jax.Array  # int32 (), how many of them are made
     done: jax.Array  # bool (batch,)
     seen: jax.Array  # bool (batch, vocabulary)
+    num_known: jax.Array | None = None  # int32 (), ids to choose from; or all
 
 
 class Decoder:
@@ -60,7 +61,8 @@ class Decoder:
             token_ids: int32 array `(batch, prompt_slots)`, prompts padded on
                 the right.
             state: `dict` with the fields of `GenerationState` that the caller
-                decides: `prompt_lengths`, `limits` and `stop_token_ids`.
+                decides: `prompt_lengths`, `limits`, `stop_token_ids` and
+                `num_known`.
             settings: `SamplingSettings`, or `None` for a sampler of the
                 user's own.
 
@@ -218,6 +220,9 @@ class Decoder:
 
     def _add_token(self, state, logits, settings, random_state):
         """Chooses a token for every row and appends it."""
+        if state.num_known is not None:
+            is_known = jnp.arange(logits.shape[1]) < state.num_known
+            logits = jnp.where(is_known, logits, -jnp.inf)
         if settings is not None:
             positions = state.prompt_lengths + state.num_tokens
             token = sampling.next_token(logits, state.seen, positions, settings)

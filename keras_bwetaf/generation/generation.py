@@ -137,7 +137,9 @@ class Generation:
 
     def _prefill(self, num_padding):
         """The state after the prompts, and the settings of all rows."""
-        prompts, limits, longest, stop_token_ids, settings = self._request
+        prompts, limits, longest, stop_token_ids, settings, num_known = (
+            self._request
+        )
         prompts = prompts + [[0]] * num_padding
         limits = np.array(limits + [0] * num_padding, "int32")
         if settings is not None:
@@ -159,6 +161,7 @@ class Generation:
                 "stop_token_ids": np.array(
                     stop_token_ids + [-1] * num_unused, "int32"
                 ),
+                "num_known": None if num_known is None else np.int32(num_known),
             },
             settings,
         )

@@ -29,6 +29,7 @@ class Request(NamedTuple):
     longest: int  # the most new tokens, whatever the prompts in their buckets
     stop_token_ids: list
     settings: SamplingSettings | None  # `None`: the sampler is the user's own
+    num_known: int | None = None  # Ids that the tokenizer has; `None`: all
 
     def of_rows(self, rows):
         """The request of some of the rows.
@@ -94,6 +95,7 @@ def make_request(
         longest,
         _as_stop_token_ids(lm, stop_token_ids),
         _sampling_settings(lm.sampler, sampling, seed, len(prompts)),
+        _num_known(lm),
     )
 
 
@@ -226,6 +228,14 @@ def _as_stop_token_ids(lm, stop_token_ids):
             f"stop_token_ids={stop_token_ids!r}"
         )
     return [int(i) for i in ids]
+
+
+def _num_known(lm):
+    """How many ids the tokenizer has, if the model has more."""
+    if lm.preprocessor is None:
+        return None
+    size = lm.preprocessor.tokenizer.vocabulary_size()
+    return size if size < lm.backbone.vocabulary_size else None
 
 
 def _sampling_settings(sampler, sampling, seed, num_rows):

@@ -16,6 +16,7 @@ class FeedForward(keras.layers.Layer):
         intermediate_dim: int. Width of the two inner projections.
         initializer_range: float. Standard deviation of the initial kernels;
             biases start at zero.
+        use_inner_bias: bool. Whether the two inner projections have biases.
 
     Input shape:
         `(batch, length, hidden_dim)`.
@@ -28,28 +29,35 @@ class FeedForward(keras.layers.Layer):
     """
 
     def __init__(
-        self, *, intermediate_dim: int, initializer_range: float, **kwargs: Any
+        self,
+        *,
+        intermediate_dim: int,
+        initializer_range: float,
+        use_inner_bias: bool = True,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.intermediate_dim = intermediate_dim
         self.initializer_range = initializer_range
+        self.use_inner_bias = use_inner_bias
 
     def build(self, input_shape):
         hidden_dim = input_shape[-1]
         inner_shape = (*input_shape[:-1], self.intermediate_dim)
-        self.intermediate = self._dense("intermediate", self.intermediate_dim)
+        inner = self.intermediate_dim, self.use_inner_bias
+        self.intermediate = self._dense("intermediate", *inner)
         self.intermediate.build(input_shape)
-        self.gate = self._dense("gate", self.intermediate_dim)
+        self.gate = self._dense("gate", *inner)
         self.gate.build(input_shape)
-        self.output_dense = self._dense("output", hidden_dim)
+        self.output_dense = self._dense("output", hidden_dim, use_bias=True)
         self.output_dense.build(inner_shape)
         self.built = True
 
-    def _dense(self, name, units):
+    def _dense(self, name, units, use_bias):
         return dense(
             name,
             units,
-            use_bias=True,
+            use_bias=use_bias,
             initializer_range=self.initializer_range,
             dtype=self.dtype_policy,
         )
@@ -68,6 +76,7 @@ class FeedForward(keras.layers.Layer):
             {
                 "intermediate_dim": self.intermediate_dim,
                 "initializer_range": self.initializer_range,
+                "use_inner_bias": self.use_inner_bias,
             }
         )
         return config

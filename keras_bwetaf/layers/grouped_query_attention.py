@@ -25,10 +25,10 @@ PARTS = ("query_rotary", "key_rotary")
 class GroupedQueryAttention(keras.layers.Layer):
     """Causal self-attention in which query heads share key/value heads.
 
-    The rotary parts get the whole query vector and the whole key vector,
-    before these are split into heads. Query head `h` reads key/value head
-    `h // (num_query_heads // num_key_value_heads)`. Only the output
-    projection has a bias.
+    The rotary parts, if there are any, get the whole query vector and the
+    whole key vector, before these are split into heads. Query head `h` reads
+    key/value head `h // (num_query_heads // num_key_value_heads)`. Only the
+    output projection has a bias.
 
     The attribute `keep_weights` says whether the weight of each pair of
     tokens is kept for the gradient, or computed again.
@@ -36,9 +36,9 @@ class GroupedQueryAttention(keras.layers.Layer):
     Args:
         num_query_heads: int. The width of the input must be a multiple.
         num_key_value_heads: int. `num_query_heads` must be a multiple.
-        query_rotary: layer. Gives queries their positions; called as
-            `RotaryEmbedding` is.
-        key_rotary: layer. The same for keys.
+        query_rotary: layer or `None`. Gives queries their positions; called
+            as `RotaryEmbedding` is.
+        key_rotary: layer or `None`. The same for keys.
         initializer_range: float. Standard deviation of the initial kernels.
 
     Call arguments:
@@ -66,9 +66,9 @@ class GroupedQueryAttention(keras.layers.Layer):
         *,
         num_query_heads: int,
         num_key_value_heads: int,
-        query_rotary: keras.layers.Layer,
-        key_rotary: keras.layers.Layer,
         initializer_range: float,
+        query_rotary: keras.layers.Layer | None = None,
+        key_rotary: keras.layers.Layer | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -96,8 +96,10 @@ class GroupedQueryAttention(keras.layers.Layer):
             self.attention_output,
         ):
             projection.build(input_shape)
-        self.query_rotary.build((*input_shape[:-1], hidden_dim))
-        self.key_rotary.build((*input_shape[:-1], key_value_dim))
+        if self.query_rotary is not None:
+            self.query_rotary.build((*input_shape[:-1], hidden_dim))
+        if self.key_rotary is not None:
+            self.key_rotary.build((*input_shape[:-1], key_value_dim))
         self.built = True
 
     def _dense(self, name, units, use_bias=False):
@@ -182,9 +184,11 @@ class GroupedQueryAttention(keras.layers.Layer):
         # (batch, length, heads * head_dim)
         shards = num_pair_shards(self.num_key_value_heads)
         query = self.query(hidden_states, output_shards=shards)
-        query = self.query_rotary(query, positions, num_shards=shards)
+        if self.query_rotary is not None:
+            query = self.query_rotary(query, positions, num_shards=shards)
         key = self.key(hidden_states, output_shards=shards)
-        key = self.key_rotary(key, positions, num_shards=shards)
+        if self.key_rotary is not None:
+            key = self.key_rotary(key, positions, num_shards=shards)
         value = self.value(hidden_states, output_shards=shards)
 
         # (batch, length, heads, head_dim)

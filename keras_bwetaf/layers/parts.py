@@ -9,9 +9,11 @@ import keras
 def serialized_parts(
     layer: keras.layers.Layer, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Configurations of the layers in these attributes of a layer."""
+    """Configurations of the layers, or None, in attributes of a layer."""
+    parts = {name: getattr(layer, name) for name in names}
     return {
-        name: keras.layers.serialize(getattr(layer, name)) for name in names
+        name: part and keras.layers.serialize(part)
+        for name, part in parts.items()
     }
 
 
@@ -21,6 +23,8 @@ def with_parts(
     """A layer's configuration, in which these parts are layers again."""
     config = dict(config)
     for name in names:
+        if config[name] is None:
+            continue
         serialized = dict(config[name])
         # The layer that has the parts builds them, under its own path.
         serialized.pop("build_config", None)

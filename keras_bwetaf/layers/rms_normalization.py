@@ -41,7 +41,7 @@ class RMSNormalization(keras.layers.RMSNormalization):
 
     def call(self, inputs: ArrayLike) -> jax.Array:
         if self.precision is None:
-            return super().call(inputs)
+            return super().call(inputs).astype(self.compute_dtype)
 
         def rounded(x):
             return round_to(x, self.precision)

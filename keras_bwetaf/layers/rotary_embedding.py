@@ -1,4 +1,5 @@
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,17 +29,31 @@ def inverse_frequencies(width: int, max_wavelength: float) -> np.ndarray:
         float32 numpy array `(width // 2,)`.
     """
     num_pairs = width // 2
-    try:
-        host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names accelerators only.
-        host = None
 
     def compute():
         exponents = -jnp.arange(num_pairs, dtype="float32") / num_pairs
         return max_wavelength**exponents
 
+    return on_host(compute)
+
+
+def on_host(compute: Callable[[], jax.Array]) -> np.ndarray:
+    """What a function gives that the host compiles and computes."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names accelerators only.
+        host = None
     with jax.default_device(host):
         return np.asarray(jax.jit(compute)())
+
+
+def check_not_empty(inputs: ArrayLike) -> None:
+    """Refuses inputs without rows, or without tokens in them."""
+    if 0 in inputs.shape:
+        raise ValueError(
+            "Expected at least one row, of at least one token. Received: "
+            f"inputs of shape {inputs.shape}"
+        )
 
 
 def rotary_angles(
@@ -120,11 +135,7 @@ class RotaryEmbedding(keras.layers.Layer):
         positions: ArrayLike | None = None,
         num_shards: int = 1,
     ) -> jax.Array:
-        if 0 in inputs.shape:
-            raise ValueError(
-                "Expected at least one row, of at least one token. Received: "
-                f"inputs of shape {inputs.shape}"
-            )
+        check_not_empty(inputs)
         if positions is None:
             positions = jnp.arange(inputs.shape[1])
         angles = rotary_angles(

@@ -24,6 +24,8 @@ class TransformerBlock(keras.layers.Layer):
     """Pre-norm residual block around an attention and a feed-forward layer.
 
     `x = x + dropout(attention(norm(x)))`, then `x = x + feedforward(norm(x))`.
+    The sums are of the block's dtype, which may be wider than that of the
+    layers in it.
 
     The attribute `remat` says what a training step computes a second time,
     instead of keeping it for the gradient: `"none"`; `"attention"`, the weight
@@ -38,6 +40,7 @@ class TransformerBlock(keras.layers.Layer):
         layer_norm_epsilon: float. Epsilon of both norms.
         input_precision: str or `None`. Dtype to which the block's input, and
             the norm that reads it, are rounded.
+        residual_scale: float. What `x` is multiplied by in both sums.
 
     Call arguments:
         hidden_states: float tensor `(batch, length, hidden_dim)`.
@@ -56,6 +59,7 @@ class TransformerBlock(keras.layers.Layer):
         dropout: float,
         layer_norm_epsilon: float,
         input_precision: str | None = None,
+        residual_scale: float = 1.0,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -64,6 +68,9 @@ class TransformerBlock(keras.layers.Layer):
         self.dropout = dropout
         self.layer_norm_epsilon = layer_norm_epsilon
         self.input_precision = input_precision
+        self.residual_scale = residual_scale
+        # A wider block leaves the cache, which is the attention's, as it is.
+        self.autocast = self.compute_dtype == attention.compute_dtype
         self.remat = "none"
 
     @property
@@ -80,20 +87,23 @@ class TransformerBlock(keras.layers.Layer):
         self._remat = value
 
     def build(self, input_shape):
+        dtype = self.attention.dtype_policy
         self.attention_norm = RMSNormalization(
             epsilon=self.layer_norm_epsilon,
             precision=self.input_precision,
-            dtype=self.dtype_policy,
+            autocast=self.autocast,
+            dtype=dtype,
             name="attention_norm",
         )
         self.attention_norm.build(input_shape)
         self.attention.build(input_shape)
         self.attention_dropout = keras.layers.Dropout(
-            self.dropout, dtype=self.dtype_policy, name="attention_dropout"
+            self.dropout, dtype=dtype, name="attention_dropout"
         )
         self.feedforward_norm = RMSNormalization(
             epsilon=self.layer_norm_epsilon,
-            dtype=self.dtype_policy,
+            autocast=self.autocast,
+            dtype=dtype,
             name="feedforward_norm",
         )
         self.feedforward_norm.build(input_shape)
@@ -180,11 +190,16 @@ class TransformerBlock(keras.layers.Layer):
         if cache is not None:
             x, cache = x
         x = self.attention_dropout(x, training=training)
-        hidden_states = hidden_states + x
+        hidden_states = self._scaled(hidden_states) + x
 
         x = self.feedforward(self.feedforward_norm(hidden_states))
-        hidden_states = hidden_states + x
+        hidden_states = self._scaled(hidden_states) + x
         return hidden_states if cache is None else (hidden_states, cache)
+
+    def _scaled(self, hidden_states):
+        if self.residual_scale == 1:
+            return hidden_states
+        return hidden_states * self.residual_scale
 
     def compute_output_shape(self, hidden_states_shape):
         return hidden_states_shape
@@ -197,6 +212,7 @@ class TransformerBlock(keras.layers.Layer):
                 "dropout": self.dropout,
                 "layer_norm_epsilon": self.layer_norm_epsilon,
                 "input_precision": self.input_precision,
+                "residual_scale": self.residual_scale,
             }
         )
         return config

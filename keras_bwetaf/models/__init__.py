@@ -1,4 +1,10 @@
 from keras_bwetaf.models.backbone import BwETAFBackbone
+from keras_bwetaf.models.bwetaf_v2 import (
+    BwETAFV2Backbone,
+    BwETAFV2CausalLM,
+    BwETAFV2CausalLMPreprocessor,
+    BwETAFV2Tokenizer,
+)
 from keras_bwetaf.models.causal_lm import BwETAFCausalLM
 from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
@@ -10,5 +16,9 @@ __all__ = [
     "BwETAFCausalLM",
     "BwETAFCausalLMPreprocessor",
     "BwETAFTokenizer",
+    "BwETAFV2Backbone",
+    "BwETAFV2CausalLM",
+    "BwETAFV2CausalLMPreprocessor",
+    "BwETAFV2Tokenizer",
     "train_tokenizer",
 ]

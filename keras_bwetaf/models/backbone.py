@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from converters.bwetaf_v3 import BWETAF_V3
 from keras_bwetaf.layers import (
     FeedForward,
     GroupedQueryAttention,
@@ -86,6 +87,8 @@ class BwETAFBackbone(DecoderBackbone):
     Reference:
      - [The original model](https://huggingface.co/WICKED4950/BwETAFv3-97M)
     """
+
+    architecture = BWETAF_V3
 
     rope_max_wavelength: float
     rope_dtype: str | None

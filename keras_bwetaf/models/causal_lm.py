@@ -5,8 +5,10 @@ from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
 )
 from keras_bwetaf.models.decoder_lm import CausalLM
+from keras_bwetaf.models.registry import register
 
 
+@register
 @keras.saving.register_keras_serializable(package="keras_bwetaf")
 class BwETAFCausalLM(CausalLM):
     """The BwETAFv3 language model: a backbone and its tied head.

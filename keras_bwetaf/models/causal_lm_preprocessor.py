@@ -10,6 +10,7 @@ from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.loading import load_preprocessor
+from keras_bwetaf.models.registry import class_for
 from keras_bwetaf.models.tokenizer import BwETAFTokenizer
 from keras_bwetaf.preset_files import open_preset
 
@@ -66,7 +67,7 @@ class BwETAFCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     ):
         if add_start_token:
             raise ValueError(
-                "BwETAFv3 was trained without a start token, so "
+                "BwETAF models were trained without a start token, so "
                 "`add_start_token` must be False. Received: "
                 f"add_start_token={add_start_token}"
             )
@@ -99,7 +100,8 @@ class BwETAFCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             Others: As `keras_bwetaf.from_preset`.
         """
         files = open_preset(preset, revision, weights=False)
-        return load_preprocessor(cls, files, **options)
+        found = class_for(cls, files.architecture)
+        return load_preprocessor(found, files, **options)
 
     def build(self, input_shape):
         # The tokenizer may have got its file only now.

@@ -10,6 +10,7 @@ import keras
 from jax.typing import ArrayLike
 from keras import ops
 
+from converters.architecture import Architecture
 from keras_bwetaf.arguments import BackboneConfig, DType, PathLike
 from keras_bwetaf.checks import checked_number, is_number, positive_int
 from keras_bwetaf.layers import TransformerBlock
@@ -17,6 +18,7 @@ from keras_bwetaf.layers.dense import product
 from keras_bwetaf.models.loading import is_left_to_keras_hub, load_backbone
 from keras_bwetaf.models.lora import LoraBackbone
 from keras_bwetaf.models.quantization import only_what_can_be
+from keras_bwetaf.models.registry import class_for
 from keras_bwetaf.names import with_nearest
 from keras_bwetaf.preset_files import open_preset
 
@@ -33,8 +35,9 @@ Cache = Sequence[tuple[jax.Array, jax.Array]]
 class DecoderBackbone(LoraBackbone):
     """A decoder-only transformer made of parts, with a tied head.
 
-    An architecture is a subclass. Its constructor takes flat arguments, makes
-    the parts of them, and hands both to this one. `hidden_states` is the only
+    An architecture is a subclass, and has the attribute `architecture`. Its
+    constructor takes flat arguments, makes the parts of them, and hands both
+    to this one. `hidden_states` is the only
     forward pass: the functional model is its graph, and `generate` calls it
     with a cache.
 
@@ -50,6 +53,8 @@ class DecoderBackbone(LoraBackbone):
         dtype: str or `keras.DTypePolicy`.
         **kwargs: `name` and `trainable`, as of every Keras model.
     """
+
+    architecture: Architecture | None = None
 
     # Of `config`.
     vocabulary_size: int
@@ -188,7 +193,7 @@ class DecoderBackbone(LoraBackbone):
         is_symbolic = isinstance(hidden_states, keras.KerasTensor)
         if is_symbolic or embedding.quantization_mode is not None:
             return embedding(hidden_states, reverse=True)
-        dtype = embedding.compute_dtype
+        dtype = embedding.reverse_dtype or embedding.compute_dtype
         return product(
             ops.cast(hidden_states, dtype),
             ops.cast(embedding.embeddings, dtype),
@@ -243,9 +248,14 @@ class DecoderBackbone(LoraBackbone):
             return super().from_preset(
                 os.fspath(preset), load_weights, dtype=dtype, **config
             )
-        cls.check_keywords("from_preset()", config)
-        files = open_preset(preset, revision, load_weights)
-        return load_backbone(cls, files, load_weights, dtype, config)
+
+        def check(architecture):
+            found = class_for(cls, architecture)
+            found.check_keywords("from_preset()", config)
+
+        files = open_preset(preset, revision, load_weights, check)
+        found = class_for(cls, files.architecture)
+        return load_backbone(found, files, load_weights, dtype, config)
 
     def _layers_of_quantized_inputs(self):
         return [
@@ -320,8 +330,8 @@ class DecoderBackbone(LoraBackbone):
         *,
         num_layers: int,
         num_query_heads: int | Sequence[int],
-        num_key_value_heads: int | Sequence[int],
         hidden_dim: int,
+        num_key_value_heads: int | Sequence[int] | None = None,
         dropout: float = 0.0,
         **numbers: float,
     ) -> dict[str, Any]:
@@ -345,10 +355,13 @@ class DecoderBackbone(LoraBackbone):
         query_heads = _checked_heads(
             "num_query_heads", num_query_heads, num_layers
         )
-        key_value_heads = _checked_heads(
-            "num_key_value_heads", num_key_value_heads, num_layers
-        )
-        _check_heads(query_heads, key_value_heads, num_layers, hidden_dim)
+        heads = {"num_query_heads": query_heads}
+        if num_key_value_heads is not None:  # Or keys for each query head.
+            heads["num_key_value_heads"] = _checked_heads(
+                "num_key_value_heads", num_key_value_heads, num_layers
+            )
+        shared = heads.get("num_key_value_heads", query_heads)
+        _check_heads(query_heads, shared, num_layers, hidden_dim)
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(
                 "`dropout` is the share of outputs to drop, at least 0 and "
@@ -356,8 +369,7 @@ class DecoderBackbone(LoraBackbone):
             )
         return {
             "num_layers": num_layers,
-            "num_query_heads": query_heads,
-            "num_key_value_heads": key_value_heads,
+            **heads,
             "hidden_dim": hidden_dim,
             "dropout": float(dropout),
             **{name: _checked(name, x) for name, x in numbers.items()},

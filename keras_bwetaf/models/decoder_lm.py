@@ -21,6 +21,7 @@ from keras_bwetaf.models.loading import (
 )
 from keras_bwetaf.models.lora import merged_for_saving
 from keras_bwetaf.models.quantization import only_what_can_be
+from keras_bwetaf.models.registry import class_for
 from keras_bwetaf.models.trainer import Trainer
 from keras_bwetaf.preset_files import open_preset
 from keras_bwetaf.processes import gathered, in_first_process
@@ -79,17 +80,22 @@ class CausalLM(Trainer):
             return super().from_preset(
                 os.fspath(preset), load_weights, dtype=dtype, **config
             )
-        cls.backbone_cls.check_keywords("from_preset()", config)
-        files = open_preset(preset, revision, load_weights)
+
+        def check(architecture):
+            backbone_cls = class_for(cls, architecture).backbone_cls
+            backbone_cls.check_keywords("from_preset()", config)
+
+        files = open_preset(preset, revision, load_weights, check)
+        found = class_for(cls, files.architecture)
         backbone = load_backbone(
-            cls.backbone_cls, files, load_weights, dtype, config
+            found.backbone_cls, files, load_weights, dtype, config
         )
         if preprocessor == "auto" and files.no_tokenizer:
             preprocessor = None
             warn_of_no_tokenizer(preset, files.no_tokenizer)
         elif preprocessor == "auto":
-            preprocessor = load_preprocessor(cls.preprocessor_cls, files)
-        return cls(backbone, preprocessor)
+            preprocessor = load_preprocessor(found.preprocessor_cls, files)
+        return found(backbone, preprocessor)
 
     def quantize(self, mode=None, **kwargs):
         """Quantizes the weights. See `keras.Model.quantize`."""

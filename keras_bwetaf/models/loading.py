@@ -6,11 +6,10 @@ import sys
 import warnings
 from pathlib import Path
 
-import keras
 import keras_hub
 
 from converters import keras_folder
-from converters.files import read_bytes, read_json
+from converters.files import read_json
 from keras_bwetaf._later import stand_ins
 from keras_bwetaf.exchange.weights import assign, check_changes
 from keras_bwetaf.layers.initializers import skip_initialization
@@ -23,7 +22,7 @@ def is_left_to_keras_hub(cls, preset):
         cls: Class of a backbone or a causal LM.
         preset: str or path.
     """
-    if keras.saving.get_registered_name(cls).startswith("keras_bwetaf>"):
+    if cls.__module__.partition(".")[0] == "keras_bwetaf":
         return False
     path = Path(preset) / keras_folder.CONFIG
     return path.is_file() and "registered_name" in read_json(path)
@@ -67,7 +66,7 @@ def _keras_backbone(cls, files, load_weights, dtype, changes):
                 "`dtype`, or pass load_weights=False. Received: "
                 f"dtype={dtype!r}"
             )
-        check_changes(files.config, changes)
+        check_changes(files.architecture, files.config, changes)
     return _from_keras(
         keras_hub.models.Backbone,
         cls,
@@ -93,10 +92,13 @@ def load_preprocessor(cls, files, **options):
         As `load_tokenizer`.
     """
     _check_tokenizer(files)
-    if not (files.folder / keras_folder.PREPROCESSOR).is_file():
+    if (
+        files.folder is None
+        or not (files.folder / keras_folder.PREPROCESSOR).is_file()
+    ):
         length = {"sequence_length": files.config["max_sequence_length"]}
         options = {**length, **options}
-    if files.layout.name == "keras":
+    if files.layout is not None and files.layout.name == "keras":
         files.layout.read_documents(files.folder)
         return _from_keras(
             keras_hub.models.CausalLMPreprocessor, cls, files, **options
@@ -120,27 +122,32 @@ def load_tokenizer(cls, files, **options):
         ConnectionError: If the tokenizer has to be downloaded first.
     """
     _check_tokenizer(files)
-    if files.layout.name == "keras":
+    if files.folder is None:
+        known = files.known_tokenizer
+        content, special = known.content, known.special_tokens
+    elif files.layout.name == "keras":
         files.layout.read_documents(files.folder)
         return _from_keras(
             keras_hub.tokenizers.Tokenizer, cls, files, **options
         )
-    special = files.layout.special_tokens(
-        files.folder,
-        files.layout.read_documents(files.folder),
-        read_bytes(files.tokenizer),
-    )
+    else:
+        content = files.layout.read_tokenizer(files.folder)
+        special = files.layout.special_tokens(
+            files.folder, files.layout.read_documents(files.folder), content
+        )
+        if files.tokenizer.is_file():
+            content = str(files.tokenizer)
     names = {"end_token": "eos_token", "unk_token": "unk_token"}
     given = {
         argument: special[name]
         for argument, name in names.items()
         if isinstance(special[name], str)
     }
-    return cls(str(files.tokenizer), **{**given, **options})
+    return cls(content, **{**given, **options})
 
 
 def _check_tokenizer(files):
-    if files.folder is None:
+    if files.folder is None and files.no_tokenizer:
         raise ConnectionError(files.no_tokenizer)
     if files.no_tokenizer:
         raise ValueError(

@@ -20,6 +20,7 @@ from keras_bwetaf.arguments import PathLike
 from keras_bwetaf.checks import checked_int, is_int, strings
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.models.loading import load_tokenizer
+from keras_bwetaf.models.registry import class_for
 from keras_bwetaf.panics import clear_panics
 from keras_bwetaf.preset_files import open_preset
 
@@ -29,6 +30,7 @@ NORMALIZERS = {
     *("BertNormalizer", "ByteLevel", "Nmt", "Sequence"),
 }
 TOKENIZER_FILE = "tokenizer.json"
+SPECIAL_TOKENS = "<|EOS|>", "<|UK|>"  # The end, and what stands for unknowns.
 LONGEST_PIECE = 4096  # Bytes without a break that training sees together.
 
 
@@ -70,9 +72,9 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
     tokenizer can serve several threads.
 
     Args:
-        tokenizer: A path to a `tokenizer.json`, a `tokenizers.Tokenizer`, or
-            `None` to load the file later, with `load_assets()`. Defaults to
-            `None`.
+        tokenizer: A path to a `tokenizer.json`, its content as bytes, a
+            `tokenizers.Tokenizer`, or `None` to load the file later, with
+            `load_assets()`. Defaults to `None`.
         end_token: str. The special token that ends a document; it is the
             padding token, too. Defaults to `"<|EOS|>"`.
         unk_token: str. The special token for unknown bytes, which a complete
@@ -110,7 +112,7 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
 
     def __init__(
         self,
-        tokenizer: tokenizers.Tokenizer | PathLike | None = None,
+        tokenizer: tokenizers.Tokenizer | PathLike | bytes | None = None,
         end_token: str = "<|EOS|>",
         unk_token: str = "<|UK|>",
         dtype: str = "int32",
@@ -135,6 +137,8 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
         self._add_special_token(unk_token, "unk_token")
         if isinstance(tokenizer, tokenizers.Tokenizer):
             self._set_content(tokenizer.to_str(pretty=True).encode())
+        elif isinstance(tokenizer, bytes):
+            self._set_content(tokenizer)
         elif isinstance(tokenizer, (str, os.PathLike)):
             self._load_file(tokenizer)
         elif tokenizer is not None:
@@ -170,7 +174,8 @@ class BwETAFTokenizer(keras_hub.models.Tokenizer):
         ```
         """
         files = open_preset(preset, revision, weights=False)
-        return load_tokenizer(cls, files, **kwargs)
+        found = class_for(cls, files.architecture)
+        return load_tokenizer(found, files, **kwargs)
 
     def _load_file(self, path):
         if not os.path.isfile(path):
@@ -559,7 +564,7 @@ def train_tokenizer(
     vocabulary_size: int,
     *,
     min_frequency: int = 6,
-    special_tokens: Sequence[str] = ("<|EOS|>", "<|UK|>"),
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
     show_progress: bool = False,
 ) -> BwETAFTokenizer:
     """Trains a tokenizer with the settings of BwETAFv3.

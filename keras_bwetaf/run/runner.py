@@ -24,11 +24,13 @@ from keras_bwetaf.evaluation import perplexity
 from keras_bwetaf.exchange.weights import check_changes
 from keras_bwetaf.hardware import device
 from keras_bwetaf.layers.sharding import num_row_groups
-from keras_bwetaf.models import BwETAFBackbone, BwETAFCausalLM
-from keras_bwetaf.models.causal_lm_preprocessor import (
-    BwETAFCausalLMPreprocessor,
+from keras_bwetaf.models.decoder_lm import CausalLM
+from keras_bwetaf.models.registry import causal_lm_class
+from keras_bwetaf.models.tokenizer import (
+    SPECIAL_TOKENS,
+    BwETAFTokenizer,
+    train_tokenizer,
 )
-from keras_bwetaf.models.tokenizer import BwETAFTokenizer, train_tokenizer
 from keras_bwetaf.optional import import_optional
 from keras_bwetaf.processes import (
     are_several,
@@ -51,7 +53,7 @@ from keras_bwetaf.run.folder import (
 )
 from keras_bwetaf.training.checkpoints import TrainingCheckpoint
 from keras_bwetaf.training.monitor import Monitor
-from keras_bwetaf.training.recipes import recipe
+from keras_bwetaf.training.recipes import RECIPES, recipe
 from keras_bwetaf.training.samples import Samples
 from keras_bwetaf.training.statistics import add_evaluation
 
@@ -62,9 +64,7 @@ TENSORBOARD = "tensorboard"
 BATCH_SIZE = 16
 
 
-def train(
-    folder: PathLike, **settings: Unpack[TrainingOptions]
-) -> BwETAFCausalLM:
+def train(folder: PathLike, **settings: Unpack[TrainingOptions]) -> CausalLM:
     """Trains a model, from text to a folder that `from_preset` loads.
 
     The folder gets the resolved settings (`config.yaml`), packed tokens
@@ -95,7 +95,7 @@ def train(
             have no default.
 
     Returns:
-        The `BwETAFCausalLM` in `model`.
+        The model in `model`, such as a `BwETAFCausalLM`.
 
     Raises:
         ValueError: If settings are wrong, or not those of the run in the
@@ -119,9 +119,9 @@ def train(
         _say(message)
         return presets.from_preset(folder / MODEL, dtype=settings.dtype)
     try:
-        config = _config(settings)
+        cls, config = _class_and_config(settings)
         with _on_all_devices(settings, config):
-            lm = _train(folder, settings, config)
+            lm = _train(folder, settings, cls, config)
     except (KeyboardInterrupt, SystemExit):
         _say(f"\n{how_to_go_on(folder)}")
         raise
@@ -149,16 +149,17 @@ def _on_all_devices(settings, config):
     return getattr(distribution, strategy)().scope()
 
 
-def _train(folder, settings, config):
+def _train(folder, settings, cls, config):
     # What can be wrong is found out before what takes long.
     epochs = _epochs(settings)
     optimizer = recipe(
-        **{"name": "97m", **settings.recipe}, total_steps=settings.steps
+        **{"name": _card(settings.preset), **settings.recipe},
+        total_steps=settings.steps,
     )
     settings = _with_batch_size(settings, config)
     _check_batch_size(settings)
     callbacks = _callbacks(folder, settings)
-    tokenizer, data = _tokenizer_and_data(folder, settings)
+    tokenizer, data = _tokenizer_and_data(folder, settings, cls)
     options = {
         "sequence_length": settings.sequence_length
         or config["max_sequence_length"],
@@ -171,7 +172,7 @@ def _train(folder, settings, config):
     validation = _validation(data, settings, options)
     _say("Building the model.")
     keras.utils.set_random_seed(settings.seed)
-    lm = _model(settings, config, tokenizer)
+    lm = _model(settings, cls, config, tokenizer)
     lm.compile(
         optimizer,
         remat=settings.remat,
@@ -195,6 +196,11 @@ def _train(folder, settings, config):
         lm.backbone.merge_lora()
     in_first_process(keep_result, folder, settings.steps, models)
     return lm
+
+
+def _card(preset):
+    """The recipe of a preset's card, or that of the first card."""
+    return preset if preset in RECIPES else "97m"
 
 
 def _callbacks(folder, settings):
@@ -246,7 +252,7 @@ def _save_models(folder, lm, checkpoint, steps, losses):
 
     Args:
         folder: Path.
-        lm: `BwETAFCausalLM`, the last. It becomes the best.
+        lm: `CausalLM`, the last. It becomes the best.
         checkpoint: `TrainingCheckpoint`.
         steps: int.
         losses: list of float, of the validations.
@@ -297,36 +303,38 @@ def _is_new(settings):
     return settings.from_scratch or bool(settings.vocabulary_size)
 
 
-def _config(settings):
-    """The model's configuration, checked.
+def _class_and_config(settings):
+    """The class of the causal LM, and the model's configuration, checked.
 
     Raises:
         ValueError: If it is wrong, or the preset's weights do not fit it.
         TypeError: If there is an unknown name in it.
     """
-    BwETAFBackbone.check_keywords("`model`", settings.model)
-    saved = preset_files.load_config(settings.preset)
+    architecture, saved = preset_files.load_architecture(settings.preset)
+    cls = causal_lm_class(architecture)
+    backbone_cls = cls.backbone_cls
+    backbone_cls.check_keywords("`model`", settings.model)
     saved = {
         name: saved[name]
-        for name in BwETAFBackbone.config_names()
+        for name in backbone_cls.config_names()
         if name in saved
     }
+    if _is_new(settings):
+        # Only published weights need angles that are rounded as activations
+        # are: new ones get the constructor's default.
+        saved.pop("rope_dtype", None)
     config = {**saved, **settings.model}
     if not _is_new(settings):
-        BwETAFBackbone.checked_config(**config)
-        check_changes(saved, settings.model)
-        return config
-    if "rope_dtype" not in settings.model:
-        # Only published weights need angles that are rounded as activations
-        # are.
-        config["rope_dtype"] = "float32"
+        backbone_cls.checked_config(**config)
+        check_changes(architecture, saved, settings.model)
+        return cls, config
     if settings.vocabulary_size:
         config["vocabulary_size"] = settings.vocabulary_size
-    BwETAFBackbone.checked_config(**config)
-    return config
+    backbone_cls.checked_config(**config)
+    return cls, config
 
 
-def _model(settings, config, tokenizer):
+def _model(settings, cls, config, tokenizer):
     """The model to train, with its tokenizer."""
     if not _is_new(settings):
         lm = presets.from_preset(
@@ -336,11 +344,11 @@ def _model(settings, config, tokenizer):
         if settings.vocabulary_size:  # Or fewer, if the text has no more.
             size = tokenizer.vocabulary_size()
             config = {**config, "vocabulary_size": size}
-        backbone = BwETAFBackbone(**config, dtype=settings.dtype)
-        preprocessor = BwETAFCausalLMPreprocessor(
+        backbone = cls.backbone_cls(**config, dtype=settings.dtype)
+        preprocessor = cls.preprocessor_cls(
             tokenizer, sequence_length=backbone.max_sequence_length
         )
-        lm = BwETAFCausalLM(backbone, preprocessor)
+        lm = cls(backbone, preprocessor)
     if settings.lora_rank:
         lm.backbone.enable_lora(settings.lora_rank)
     return lm
@@ -386,7 +394,7 @@ def _check_batch_size(settings):
         )
 
 
-def _tokenizer_and_data(folder, settings):
+def _tokenizer_and_data(folder, settings, cls):
     """The tokenizer, and what `load_packed` takes: text is packed once."""
     data = settings.data
     if not _is_text(data):
@@ -403,9 +411,12 @@ def _tokenizer_and_data(folder, settings):
     fraction = None
     if not is_packed:
         fraction = in_first_process(_prepare, folder, settings)
-    tokenizer = BwETAFTokenizer.from_preset(settings.preset)
-    if settings.vocabulary_size:
-        tokenizer = BwETAFTokenizer(str(folder / TOKENIZER))
+    if not settings.vocabulary_size:
+        tokenizer = BwETAFTokenizer.from_preset(settings.preset)
+    else:
+        tokenizer = cls.preprocessor_cls.tokenizer_cls(
+            str(folder / TOKENIZER), *SPECIAL_TOKENS
+        )
     if not is_packed:
         _say(f"Packing {data} into tokens.")
         pack(

@@ -26,6 +26,31 @@ RECIPES = {
         "global_clipnorm": 7.0,
     },
 }
+RECIPES["v3-97m"] = RECIPES["97m"]
+RECIPES["v2-53m"] = {
+    "initial_learning_rate": 0.0,
+    "peak_learning_rate": 1.3e-3,
+    "final_learning_rate": 1e-7,
+    "warmup": 0.04,
+    "decay": "cosine",
+    "beta_1": 0.87,
+    "beta_2": 0.94,
+    "epsilon": 1e-6,
+    "weight_decay": 0.1,
+    "decay_vectors": True,
+    "moments_dtype": "float32",
+    "global_clipnorm": None,
+}
+RECIPES["v2-130m"] = {
+    **RECIPES["v2-53m"],
+    "initial_learning_rate": 2e-4,
+    "peak_learning_rate": 5e-4,
+    "final_learning_rate": 1e-8,
+    "warmup": 0.03,
+    "beta_1": 0.9,
+    "beta_2": 0.95,
+    "epsilon": 1e-7,
+}
 RECIPES["small"] = {
     **RECIPES["97m"],
     "initial_learning_rate": 0.0,
@@ -39,7 +64,7 @@ DECAYS = ("cosine", "linear")
 
 
 def recipe(
-    name: Literal["97m", "small"],
+    name: Literal["97m", "v3-97m", "v2-53m", "v2-130m", "small"],
     total_steps: int,
     **changes: Unpack[RecipeChanges],
 ) -> AdamW:
@@ -48,14 +73,17 @@ def recipe(
     `"97m"` is the card's: AdamW on all weights, norms and biases included,
     with moments in bfloat16, gradients clipped to a norm of 7, and a learning
     rate that rises from 6e-4 to 1.5e-3 in the first 2% of the steps and falls
-    to 1.8e-4 along a cosine.
+    to 1.8e-4 along a cosine. `"v3-97m"` is the same.
+
+    `"v2-53m"` and `"v2-130m"` are those of their cards: moments in float32,
+    and gradients as they are.
 
     `"small"` is for models of a few million parameters, trained from nothing
     in hundreds or thousands of steps: the same, but the learning rate rises
     from 0 to 3e-3 in the first 10% of the steps and falls to 1e-4.
 
     Args:
-        name: str. `"97m"` or `"small"`.
+        name: str. `"97m"`, `"small"` or another of these.
         total_steps: int. Steps of the whole training.
         **changes: Settings that replace the recipe's:
             `initial_learning_rate`, `peak_learning_rate`,

@@ -28,6 +28,24 @@ CONFIG = {
     "param_init_rage": 0.02,
     "use_fash_attention": False,
 }
+# In the order in which version 2 writes it.
+CONFIG_V2 = {
+    "num_heads": 4,
+    "attention_dim": 32,
+    "vocab_size": 512,
+    "num_blocks": 2,
+    "ff_dim": 48,
+    "dropout_rate": 0.1,
+    "possible_opt_path": "",
+    "max_len": 64,
+    "emb_splt": 256,
+    "attn_chunks": 1,
+    "use_fash_attention": False,
+    "emb_init_range": 0.02,
+    "use_rope": True,
+    "emb_scaling_factor": 1,
+    "res_scale": 1,
+}
 STATS = b'{"name": "tiny", "num_params": 1, "loss": [[8.25, 7.5]], "lr": []}'
 
 
@@ -92,9 +110,13 @@ def any_bits(*dtypes, seed=0):
 
 
 def parameters(config, draw):
-    """The original's tree of parameters, its keys as JAX sorts them."""
+    """The original's tree of parameters, its keys as JAX sorts them.
+
+    That of version 2 is without biases of `d1`, and keys are as many as
+    queries.
+    """
     v, d, f = (config[n] for n in ("vocab_size", "attention_dim", "ff_dim"))
-    k = d // config["gqa_repeats"]
+    k = d // config.get("gqa_repeats", 1)
     tree = {"emb": {"embedding": draw(v, d)}}
     for layer in range(config["num_blocks"]):
         tree[f"blocks_{layer}"] = {
@@ -109,6 +131,8 @@ def parameters(config, draw):
             "d1": {"w": draw(d, 2 * f), "b": draw(1, 1, 2 * f)},
             "d2": {"w": draw(f, d), "b": draw(1, 1, d)},
         }
+        if "gqa_repeats" not in config:
+            del tree[f"blocks_{layer}"]["d1"]["b"]
     return jax.tree.map(lambda array: array, {"params": tree})
 
 
@@ -128,7 +152,13 @@ def adamw_state(config, draw, step=7):
 
 
 def write_original(
-    folder, draw=None, *, moments=None, tokenizer=None, **changes
+    folder,
+    draw=None,
+    *,
+    moments=None,
+    tokenizer=None,
+    settings=CONFIG,
+    **changes,
 ):
     """Writes a folder as the original does.
 
@@ -138,9 +168,10 @@ def write_original(
         moments: callable. Draws the optimizer's state; none by default.
         tokenizer: path of a folder with the tokenizer's two files. None by
             default.
+        settings: dict. The configuration.
         **changes: To the configuration.
     """
-    config = CONFIG | changes
+    config = settings | changes
     folder.mkdir()
     path = folder / "understanding_good_stuff.json"
     path.write_text(json.dumps(config, indent=2))

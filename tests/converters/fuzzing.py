@@ -85,6 +85,7 @@ def make_corpus(folder):
     import jax
     import optax
 
+    from tests.converters.folders import CONFIG_V2, normal, write_original
     from tests.original import manager
 
     config = dict(
@@ -122,6 +123,13 @@ def make_corpus(folder):
             flax.serialization.to_bytes(plain.params)
         )
 
+    write_original(
+        folder / "flax-v2",
+        moments=normal("float32"),
+        settings=CONFIG_V2,
+        **dict(num_heads=2, attention_dim=8, vocab_size=12, ff_dim=6),
+    )
+
     def convert(source, target, **options):
         converters.convert(folder / source, folder / target, **options)
 
@@ -131,6 +139,8 @@ def make_corpus(folder):
     convert("flax", "torch", to="torch")
     convert("torch", "keras", to="keras")
     convert("plain", "keras-shards", to="keras")
+    convert("flax-v2", "torch-v2", to="torch")
+    convert("torch-v2", "keras-v2", to="keras")
     shard = "model_00000.weights.h5"
     path = folder / "keras-shards" / "model.weights.h5"
     path.rename(path.with_name(shard))
@@ -350,7 +360,10 @@ def damage_json(rng, data, others):
 
 
 # What a side file may speak of: the documents of a format, and their keys.
-SETTINGS = ("num_heads", "attention_dim", "note", "vocab_size", "init_std")
+SETTINGS = (
+    *("num_heads", "attention_dim", "note", "vocab_size", "init_std"),
+    *("use_rope", "emb_splt", "use_fash_attention", "res_scale"),
+)
 KEPT = {
     "flax": {
         "understanding_good_stuff.json": SETTINGS,

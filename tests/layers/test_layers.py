@@ -290,14 +290,19 @@ def test_skip_initialization():
 CONFIGS = {
     RotaryEmbedding: dict(max_wavelength=500.0, rope_dtype="bfloat16"),
     RMSNormalization: dict(epsilon=1e-4, precision="bfloat16"),
-    FeedForward: dict(intermediate_dim=24, initializer_range=0.5),
+    FeedForward: dict(
+        intermediate_dim=24, initializer_range=0.5, use_inner_bias=False
+    ),
     GroupedQueryAttention: dict(
         num_query_heads=4,
         num_key_value_heads=2,
         initializer_range=0.5,
     ),
     TransformerBlock: dict(
-        dropout=0.3, layer_norm_epsilon=1e-4, input_precision="bfloat16"
+        dropout=0.3,
+        layer_norm_epsilon=1e-4,
+        input_precision="bfloat16",
+        residual_scale=0.5,
     ),
 }
 
