@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         evaluation,
         layers,
         models,
+        prompts,
         training,
     )
     from keras_bwetaf.compilation_cache import enable_compilation_cache
@@ -57,6 +58,7 @@ __all__ = [
     "layers",
     "list_presets",
     "models",
+    "prompts",
     "recipe",
     "train",
     "train_tokenizer",

@@ -165,10 +165,7 @@ def generate(
     preset_files.check_preset(preset, revision)
     keras_bwetaf.enable_compilation_cache()
     if input is not None:
-        # What it imports is slow.
-        from keras_bwetaf import prompts
-
-        records = prompts.read_prompts(input)
+        records = keras_bwetaf.prompts.read_prompts(input)
     try:
         keras_bwetaf.BwETAFSampler(**settings)
     except ValueError as error:
@@ -181,7 +178,7 @@ def generate(
         **settings,
     }
     if input is not None:
-        prompts.continue_prompts(
+        keras_bwetaf.prompts.continue_prompts(
             lm,
             records,
             output,
@@ -536,8 +533,8 @@ def evaluate(
         )
     preset_files.check_preset(preset, revision)
     if tasks is not None:
-        # What it imports is not for every command.
-        from keras_bwetaf.evaluation import harness
+        # Before what takes long, it says whether it is installed.
+        evaluate_tasks = keras_bwetaf.evaluation.evaluate_tasks
     keras_bwetaf.enable_compilation_cache()
     lm = keras_bwetaf.from_preset(preset, dtype=dtype, revision=revision)
     if data is not None:
@@ -549,7 +546,7 @@ def evaluate(
         )
         results, table = result.summary(), str(result)
     else:
-        results = harness.evaluate_tasks(
+        results = evaluate_tasks(
             lm,
             tasks.split(","),
             batch_size=batch_size,
@@ -558,7 +555,7 @@ def evaluate(
             num_fewshot=num_fewshot,
             use_cache=None if use_cache is None else str(use_cache),
         )
-        table = harness.make_table(results)
+        table = keras_bwetaf.evaluation.make_table(results)
     print(table)
     if output is not None:
         with new_file(output) as file:

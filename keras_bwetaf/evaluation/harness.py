@@ -44,9 +44,8 @@ class HarnessModel(TemplateLM):
     Example:
 
     ```python
-    from keras_bwetaf.evaluation.harness import HarnessModel
-
-    results = lm_eval.simple_evaluate(HarnessModel(lm), tasks=["piqa"])
+    model = keras_bwetaf.evaluation.HarnessModel(lm)
+    results = lm_eval.simple_evaluate(model, tasks=["piqa"])
     ```
     """
 
@@ -214,10 +213,10 @@ def evaluate_tasks(
     Example:
 
     ```python
-    from keras_bwetaf.evaluation.harness import evaluate_tasks
-
-    results = evaluate_tasks(lm, ["piqa", "arc_easy"], limit=100)
-    print(lm_eval.utils.make_table(results))
+    results = keras_bwetaf.evaluation.evaluate_tasks(
+        lm, ["piqa", "arc_easy"], limit=100
+    )
+    print(keras_bwetaf.evaluation.make_table(results))
     ```
     """
     manager = TaskManager(

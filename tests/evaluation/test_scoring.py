@@ -86,3 +86,29 @@ def test_a_greedy_continuation_is_known_as_one(lm, monkeypatch):
     (group,) = Scorer(lm).continuations([(list(prompt), [text, other])])
     assert group[0][1].all()
     assert group[1][1].tolist() == [True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["data", "fully sharded", "model"])
+def test_several_devices_score_as_one(lm, groups, name):
+    rows = [[*context, *tokens[0]] for context, tokens in groups]
+
+    def scores(lm):
+        scorer = Scorer(lm, batch_size=3)
+        of_groups = scorer.continuations(groups)
+        return [losses for losses, _ in scorer.rows(rows)] + [
+            losses for group in of_groups for losses, _ in group
+        ]
+
+    distribution = {
+        "data": keras_bwetaf.distribution.data_parallel,
+        "fully sharded": keras_bwetaf.distribution.fully_sharded,
+        "model": lambda: keras_bwetaf.distribution.model_parallel(2),
+    }[name]()
+    assert distribution.device_mesh.devices.size == 8
+    expected = scores(lm)
+    with distribution.scope():
+        sharded = keras_bwetaf.from_preset(trained.FOLDER, dtype="float32")
+        received = scores(sharded)
+    for a, b in zip(received, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
