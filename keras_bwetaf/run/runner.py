@@ -119,9 +119,9 @@ def train(folder: PathLike, **settings: Unpack[TrainingOptions]) -> CausalLM:
         _say(message)
         return presets.from_preset(folder / MODEL, dtype=settings.dtype)
     try:
-        cls, config = _class_and_config(settings)
+        config = _config(settings)
         with _on_all_devices(settings, config):
-            lm = _train(folder, settings, cls, config)
+            lm = _train(folder, settings, config)
     except (KeyboardInterrupt, SystemExit):
         _say(f"\n{how_to_go_on(folder)}")
         raise
@@ -149,7 +149,7 @@ def _on_all_devices(settings, config):
     return getattr(distribution, strategy)().scope()
 
 
-def _train(folder, settings, cls, config):
+def _train(folder, settings, config):
     # What can be wrong is found out before what takes long.
     epochs = _epochs(settings)
     optimizer = recipe(
@@ -159,7 +159,7 @@ def _train(folder, settings, cls, config):
     settings = _with_batch_size(settings, config)
     _check_batch_size(settings)
     callbacks = _callbacks(folder, settings)
-    tokenizer, data = _tokenizer_and_data(folder, settings, cls)
+    tokenizer, data = _tokenizer_and_data(folder, settings)
     options = {
         "sequence_length": settings.sequence_length
         or config["max_sequence_length"],
@@ -172,7 +172,7 @@ def _train(folder, settings, cls, config):
     validation = _validation(data, settings, options)
     _say("Building the model.")
     keras.utils.set_random_seed(settings.seed)
-    lm = _model(settings, cls, config, tokenizer)
+    lm = _model(settings, config, tokenizer)
     lm.compile(
         optimizer,
         remat=settings.remat,
@@ -303,16 +303,21 @@ def _is_new(settings):
     return settings.from_scratch or bool(settings.vocabulary_size)
 
 
-def _class_and_config(settings):
-    """The class of the causal LM, and the model's configuration, checked.
+def _class(settings):
+    """The class of the causal LM."""
+    architecture, _ = preset_files.load_architecture(settings.preset)
+    return causal_lm_class(architecture)
+
+
+def _config(settings):
+    """The model's configuration, checked.
 
     Raises:
         ValueError: If it is wrong, or the preset's weights do not fit it.
         TypeError: If there is an unknown name in it.
     """
     architecture, saved = preset_files.load_architecture(settings.preset)
-    cls = causal_lm_class(architecture)
-    backbone_cls = cls.backbone_cls
+    backbone_cls = causal_lm_class(architecture).backbone_cls
     backbone_cls.check_keywords("`model`", settings.model)
     saved = {
         name: saved[name]
@@ -327,14 +332,14 @@ def _class_and_config(settings):
     if not _is_new(settings):
         backbone_cls.checked_config(**config)
         check_changes(architecture, saved, settings.model)
-        return cls, config
+        return config
     if settings.vocabulary_size:
         config["vocabulary_size"] = settings.vocabulary_size
     backbone_cls.checked_config(**config)
-    return cls, config
+    return config
 
 
-def _model(settings, cls, config, tokenizer):
+def _model(settings, config, tokenizer):
     """The model to train, with its tokenizer."""
     if not _is_new(settings):
         lm = presets.from_preset(
@@ -344,6 +349,7 @@ def _model(settings, cls, config, tokenizer):
         if settings.vocabulary_size:  # Or fewer, if the text has no more.
             size = tokenizer.vocabulary_size()
             config = {**config, "vocabulary_size": size}
+        cls = _class(settings)
         backbone = cls.backbone_cls(**config, dtype=settings.dtype)
         preprocessor = cls.preprocessor_cls(
             tokenizer, sequence_length=backbone.max_sequence_length
@@ -394,7 +400,7 @@ def _check_batch_size(settings):
         )
 
 
-def _tokenizer_and_data(folder, settings, cls):
+def _tokenizer_and_data(folder, settings):
     """The tokenizer, and what `load_packed` takes: text is packed once."""
     data = settings.data
     if not _is_text(data):
@@ -414,7 +420,7 @@ def _tokenizer_and_data(folder, settings, cls):
     if not settings.vocabulary_size:
         tokenizer = BwETAFTokenizer.from_preset(settings.preset)
     else:
-        tokenizer = cls.preprocessor_cls.tokenizer_cls(
+        tokenizer = _class(settings).preprocessor_cls.tokenizer_cls(
             str(folder / TOKENIZER), *SPECIAL_TOKENS
         )
     if not is_packed:

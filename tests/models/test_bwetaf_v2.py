@@ -250,6 +250,7 @@ def test_modules(modules, dtype):
         assert ours <= max(limit, 1e-6), name
 
 
+@pytest.mark.slow
 def test_five_steps(folder, tmp_path):
     """The original's loss under optax, and `fit`."""
     batches = token_ids((5, 4, 32), seed=1)

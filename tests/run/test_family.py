@@ -36,6 +36,7 @@ def corpus(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", MODELS)
 def test_text_to_model(preset, corpus, tmp_path):
     """With a tokenizer of its own; interrupted, it ends as if it were not."""
