@@ -5,11 +5,12 @@
         [--batch 4] [--accumulation 1] [--length 2048]
         [--strategy data_parallel ...] [--remat none attention:10,block:2]
         [--kernel plain] [--largest-batch] [--programs train prefill decode]
-        [--original]
+        [--original] [--preset v4-preview]
 
-The 97M model in bfloat16 with the card's recipe: the train step of `fit`, and
-the prompt pass and the decode loop of `generate`, whose prompts are half of
-the length. TPU's compiler runs on any Linux machine; nothing is executed.
+The 97M model, or another, in bfloat16 with the card's recipe: the train step
+of `fit`, and the prompt pass and the decode loop of `generate`, whose prompts
+are half of the length. TPU's compiler runs on any Linux machine; nothing is
+executed.
 
 `--batch` is the number of rows for each core at once: with `model_parallel_2`,
 two cores have twice as many together. With `--accumulation 2`, a train step
@@ -57,7 +58,6 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-import keras_bwetaf
 from keras_bwetaf import distribution
 from keras_bwetaf.generation.decoding import Decoder, GenerationState
 from keras_bwetaf.generation.sampling import BwETAFSampler, SamplingSettings
@@ -66,13 +66,15 @@ from keras_bwetaf.layers import attention, attention_kernel
 from keras_bwetaf.layers.initializers import skip_initialization
 from keras_bwetaf.layers.sharding import device_axes
 from keras_bwetaf.layers.transformer_block import REMAT
-from keras_bwetaf.preset_files import PRESETS
+from keras_bwetaf.models.registry import causal_lm_class
+from keras_bwetaf.preset_files import PRESETS, load_architecture
 from keras_bwetaf.recommendation import SPARE
 from keras_bwetaf.step import train_step
 from keras_bwetaf.step.loss import head_cross_entropy
 from keras_bwetaf.training import recipe
 
-CARD = PRESETS["97m"]["config"]
+PRESET = "97m"
+CARD = PRESETS[PRESET]["config"]
 DTYPE = "bfloat16"
 TOTAL_STEPS = 1000
 NUM_STOP_TOKENS = 8
@@ -98,21 +100,23 @@ class Program(NamedTuple):
     arguments: tuple  # of `jax.ShapeDtypeStruct`s with shardings
 
 
-def our_model(num_parts=1):
+def our_model(num_parts=1, preset=PRESET):
+    architecture, config = load_architecture(preset)
+    lm_class = causal_lm_class(architecture)
+    config = CARD if preset == PRESET else config
     with skip_initialization():
-        backbone = keras_bwetaf.BwETAFBackbone(**CARD, dtype=DTYPE)
-    lm = keras_bwetaf.BwETAFCausalLM(backbone)
+        lm = lm_class(lm_class.backbone_cls(**config, dtype=DTYPE))
     lm.compile(
-        recipe("97m", TOTAL_STEPS), gradient_accumulation_steps=num_parts
+        recipe(preset, TOTAL_STEPS), gradient_accumulation_steps=num_parts
     )
     lm.optimizer.build(lm.trainable_variables)
     return lm
 
 
-def remats_of_blocks(remat):
+def remats_of_blocks(remat, num_layers):
     """From `"none"` or, say, `"attention:10,block:2"` to a list."""
     if ":" not in remat:
-        return [remat] * CARD["num_layers"]
+        return [remat] * num_layers
     parts = (part.split(":") for part in remat.split(","))
     return [value for value, count in parts for _ in range(int(count))]
 
@@ -123,7 +127,7 @@ def train(lm, remat, strategy, batch_size, length):
     `batch_size` is that of each part of a step, if `lm` accumulates gradients.
     """
     batch_size *= lm.gradient_accumulation_steps
-    each = remats_of_blocks(remat)
+    each = remats_of_blocks(remat, lm.backbone.num_layers)
     for block, value in zip(lm.backbone.transformer_layers, each, strict=True):
         block.remat = value
     layouts = _layouts(lm, strategy)
@@ -182,7 +186,7 @@ def decode(lm, strategy, batch_size, length):
         name: _placed(value, strategy, by_row=name not in shared)
         for name, value in state._asdict().items()
     }
-    rows, heads = device_axes(batch_size, CARD["num_key_value_heads"])
+    rows, heads = device_axes(batch_size, lm.backbone.num_key_value_heads)
     placed["cache"] = _with_spec(state.cache, strategy, (*rows, *heads))
     state = GenerationState(**placed)
     num_steps = _placed(
@@ -558,7 +562,8 @@ def report(topology, strategy_name, lm, arguments, console):
     kind = devices[0].device_kind
     num_rows = arguments.batch * len(devices)
     table = Table(
-        title=f"97M, {DTYPE}, {topology} ({len(devices)} x {kind}), "
+        title=f"{arguments.preset}, {DTYPE}, {topology} "
+        f"({len(devices)} x {kind}), "
         f"{strategy_name}, {arguments.batch} x {arguments.length} a core"
     )
     table.add_column("of one core")
@@ -577,7 +582,7 @@ def report(topology, strategy_name, lm, arguments, console):
             columns[name] = rows_of(
                 name,
                 figures,
-                cache_shapes(strategy, num_rows, arguments.length),
+                cache_shapes(lm.backbone, strategy, num_rows, arguments.length),
             )
             if "train" in name and arguments.no_estimate:
                 for row in ("FLOPs", "bytes", "estimated seconds"):
@@ -600,14 +605,14 @@ def report(topology, strategy_name, lm, arguments, console):
     return columns
 
 
-def cache_shapes(strategy, num_rows, length):
+def cache_shapes(backbone, strategy, num_rows, length):
     """What a device has of the keys of a layer, and of the values."""
-    num_heads = CARD["num_key_value_heads"]
+    num_heads = backbone.num_key_value_heads
     axes = itertools.chain(*device_axes(num_rows, num_heads))
     num_parts = math.prod(
         strategy.device_mesh.backend_mesh.shape[axis] for axis in axes
     )
-    head_dim = CARD["hidden_dim"] // CARD["num_query_heads"]
+    head_dim = backbone.hidden_dim // backbone.num_query_heads
     num_heads = num_rows * num_heads // num_parts
     return (num_heads, head_dim, length), (num_heads, length, head_dim)
 
@@ -658,6 +663,7 @@ def main():
         help="parts of a train step, of --batch rows a core each",
     )
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--preset", choices=PRESETS, default=PRESET)
     parser.add_argument(
         "--strategy",
         nargs="+",
@@ -689,7 +695,7 @@ def main():
     arguments = parser.parse_args()
 
     console = Console()
-    lm = our_model(arguments.accumulation)
+    lm = our_model(arguments.accumulation, arguments.preset)
     overrule = (
         attention_kernel(arguments.kernel)
         if arguments.kernel

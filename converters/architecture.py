@@ -127,6 +127,8 @@ class Architecture:
             original writes, in its order.
         config_from_keras: callable. Takes the arguments of the backbone.
         config_to_keras: callable. The other way.
+        optimizer_state: callable. Takes the state of a chain of optax, and
+            returns that of the original's optimizer, of which it is a part.
         shared_code: tuple of str. Modules that those of `auto_map` import.
         tokenizer: callable. Takes the size of a vocabulary, returns the
             `KnownTokenizer` of models whose folders have none, or None.
@@ -147,6 +149,7 @@ class Architecture:
     flax_settings: Callable
     config_from_keras: Callable
     config_to_keras: Callable
+    optimizer_state: Callable = lambda chain: chain
     shared_code: tuple = ()
     tokenizer: Callable = lambda vocab_size: None
 

@@ -10,11 +10,12 @@ from typing import Any
 from converters.architecture import Architecture, Tensor
 from converters.bwetaf_v2 import BWETAF_V2
 from converters.bwetaf_v3 import BWETAF_V3
+from converters.bwetaf_v4 import BWETAF_V4
 from converters.errors import CheckpointError
 
 # The first one that recognizes a configuration takes it. Version 3 comes
 # last: it takes what no other does, and then says what is wrong with it.
-ARCHITECTURES = (BWETAF_V2, BWETAF_V3)
+ARCHITECTURES = (BWETAF_V4, BWETAF_V2, BWETAF_V3)
 MODEL_TYPES = {
     each.model_type: each
     for each in sorted(ARCHITECTURES, key=lambda each: each.model_type)

@@ -58,21 +58,29 @@ LAYER_ROWS = (
 )
 
 
-def tensors(config, layer_rows=LAYER_ROWS):
+def tensors(
+    config, layer_rows=LAYER_ROWS, model_rows=MODEL_ROWS, more_sizes=None
+):
     """Lists the tensors of a model; see `Architecture`.
 
     Args:
         config: dict. A canonical configuration.
         layer_rows: tuple of rows as in `LAYER_ROWS`.
+        model_rows: tuple of rows as in `MODEL_ROWS`. Layers come after the
+            first.
+        more_sizes: dict of letter to int, or None. Sizes that only these
+            rows have.
     """
     sizes = {
+        **(more_sizes or {}),
         "1": 1,
         "v": config["vocab_size"],
         "d": config["hidden_size"],
         "f": config["intermediate_size"],
         "ff": 2 * config["intermediate_size"],
     }
-    result = [_tensor(row, sizes) for row in MODEL_ROWS]
+    first, *last = (_tensor(row, sizes) for row in model_rows)
+    result = [first]
     heads = per_layer(config, "num_attention_heads")
     shared = per_layer(config, "num_key_value_heads")
     for layer in range(config["num_hidden_layers"]):
@@ -83,7 +91,7 @@ def tensors(config, layer_rows=LAYER_ROWS):
             f"transformer_layer_{layer}/",
         )
         result += [_tensor(row, sizes, prefixes) for row in layer_rows]
-    return result
+    return result + last
 
 
 def _tensor(row, sizes, prefixes=("", "", "")):

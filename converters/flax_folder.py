@@ -26,8 +26,8 @@ WEIGHTS = "good_stuff.pkl"
 OPTIMIZER = "make_stuff_better.pkl"
 TOKENIZER = "tokenizer/yap.json"
 TOKENIZER_CONFIG = "tokenizer/understanding_yap.json"
-# The state of the original's optimizer, a chain of Adam, weight decay (which
-# keeps nothing) and the schedule's step.
+# The state of a chain of Adam, weight decay (which keeps nothing) and the
+# schedule's step.
 ADAM = "adam"
 OPTAX_CHAIN = {"0": ADAM, "1": {}, "2": {"count": STEP}}
 
@@ -140,7 +140,9 @@ class FlaxFolder(Format):
                 "uk_token": checkpoint.special_tokens["unk_token"],
             }
         if checkpoint.optimizer is not None:
-            documents[OPTIMIZER] = OPTAX_CHAIN
+            documents[OPTIMIZER] = checkpoint.architecture.optimizer_state(
+                OPTAX_CHAIN
+            )
         return documents
 
     def checked(self, documents, checkpoint):

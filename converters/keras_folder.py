@@ -43,10 +43,17 @@ GROUPS = {
     "transformer_layer_0": "transformer_block",
     "self_attention": "attention",
     "output": "output_dense",
+    "final_norm": "rms_normalization",
     "embeddings": "vars/0",
     "scale": "vars/0",
     "kernel": "vars/0",
     "bias": "vars/1",
+    **{
+        f"{projection}_{name}": f"vars/{2 * i + j}"
+        for i, projection in enumerate(("gate", "intermediate", "output"))
+        for j, name in enumerate(("kernel", "bias"))
+    },
+    "router": "vars/6",
 }
 
 

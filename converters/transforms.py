@@ -28,6 +28,20 @@ class Squeeze:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One of the layers that are stacked along the first axis.
+
+    Args:
+        index: int.
+    """
+
+    index: int
+
+    def view(self, array):
+        return array[self.index]
+
+
+@dataclass(frozen=True)
 class Half:
     """One of the two halves of the last axis.
 

@@ -49,8 +49,15 @@ class BackboneConfig(TypedDict, total=False):
     use_rope: bool
     embedding_scale: float
     residual_scale: float
+    num_experts: int
+    num_experts_per_token: int
+    expert_dispatch: Literal["exact", "original_token", "original_batch"]
+    expert_capacity: float
+    balance_loss_weight: float
+    unused_loss_weight: float
+    router_noise_steps: int
     layer_norm_epsilon: float
-    initializer_range: float
+    initializer_range: float | None
     embedding_initializer_range: float | None
 
 

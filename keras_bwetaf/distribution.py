@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_bwetaf.checks import is_int
+from keras_bwetaf.hardware import num_idle_params
 from keras_bwetaf.models.backbone import BwETAFBackbone
 from keras_bwetaf.processes import is_first_process
 from keras_bwetaf.recommendation import Recommendation, recommend
@@ -88,12 +89,13 @@ def model_parallel(
     """Groups of devices work together on the same rows.
 
     The feed-forward network and the vocabulary are split over the devices of
-    a group. So are attention's heads, if `2 * model` divides the number of
-    key/value heads: RoPE's pairs and the groups of heads then stay on one
-    device each. Every device has the kernels around attention whole, as no
-    contiguous part of them has the heads that a device needs. Otherwise, every
-    device of a group computes all queries, keys and values; and from there on
-    its own query heads, if `model` divides their number.
+    a group; of a mixture of experts, each device has some experts. So are
+    attention's heads, if `2 * model` divides the number of key/value heads:
+    RoPE's pairs and the groups of heads then stay on one device each. Every
+    device has the kernels around attention whole, as no contiguous part of
+    them has the heads that a device needs. Otherwise, every device of a group
+    computes all queries, keys and values; and from there on its own query
+    heads, if `model` divides their number.
 
     Args:
         model: int. Devices in a group.
@@ -191,7 +193,8 @@ def describe(model: keras.Model) -> None:
     """Prints where the variables of a model and of its optimizer are.
 
     Layers that are alike share a line, and so do the moments of weights that
-    are split as their weights are.
+    are split as their weights are. Of a mixture of experts, it says how many
+    parameters work on a token.
 
     Args:
         model: `keras.Model`.
@@ -227,6 +230,11 @@ def describe(model: keras.Model) -> None:
     table.add_section()
     everything = [each for variables in rows.values() for each in variables]
     table.add_row("all", "", "", f"{_num_bytes(everything):,}")
+    if num_idle := num_idle_params(model):
+        total = model.count_params()
+        table.caption = (
+            f"{total - num_idle:,} of {total:,} parameters work on a token"
+        )
     if is_first_process():
         Console().print(table)
 

@@ -95,12 +95,32 @@ def peak_flops(device_kind, dtype):
     return 1e12 * (known.float32 if dtype == "float32" else known.bfloat16)
 
 
+def num_idle_params(model, trainable_only=False):
+    """The number of parameters that do not work on a token.
+
+    They are those of the experts that it does not use.
+
+    Args:
+        model: `keras.Model`.
+        trainable_only: bool. Whether to count only those that are trained.
+
+    Returns:
+        int.
+    """
+    return sum(
+        getattr(layer, "num_idle_params", 0)
+        for layer in model._flatten_layers()
+        if layer.trainable_weights or not trainable_only
+    )
+
+
 def flops_per_token(model, sequence_length):
     """Floating-point operations that a token needs in a training step.
 
-    For each weight, a product and a sum in the forward pass and as many for
-    the gradient of its input, and, if it is trained, for its own: 6 for each
-    weight of a model that is trained as a whole. The head is the embedding's
+    For each weight that works on it, a product and a sum in the forward pass
+    and as many for the gradient of its input, and, if it is trained, for its
+    own: 6 for each weight of a model that is trained as a whole. Experts that
+    it does not use do not count. The head is the embedding's
     second use, and its lookup is free. To that come the scores and weighted
     sums of causal attention, `6 * num_layers * hidden_dim * sequence_length`.
     What rematerialisation computes a second time does not count.
@@ -114,6 +134,8 @@ def flops_per_token(model, sequence_length):
     """
     backbone = model.backbone
     num_trained = sum(math.prod(v.shape) for v in model.trainable_variables)
-    products = 4 * model.count_params() + 2 * num_trained
+    num_trained -= num_idle_params(model, trainable_only=True)
+    num_active = model.count_params() - num_idle_params(model)
+    products = 4 * num_active + 2 * num_trained
     attention = 6 * backbone.num_layers * backbone.hidden_dim * sequence_length
     return products + attention

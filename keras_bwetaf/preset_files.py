@@ -12,6 +12,7 @@ from converters.architecture import Architecture
 from converters.architectures import MODEL_TYPES
 from converters.bwetaf_v2 import BWETAF_V2
 from converters.bwetaf_v3 import BWETAF_V3
+from converters.bwetaf_v4 import BWETAF_V4
 from converters.format import Format
 from converters.formats import find_format
 from converters.hub import parse_source
@@ -94,6 +95,32 @@ PRESETS = {
             "residual_scale": 1.0,
             "initializer_range": 0.02,
             "embedding_initializer_range": 0.02,
+        },
+    },
+    "v4-preview": {
+        "model_type": BWETAF_V4.model_type,
+        "repo": "WICKED4950/BwETAFv4-preview",
+        "revision": "main",
+        "description": (
+            "English, context 8192, a mixture of 8 experts, of which 2 work "
+            "on a token: 83,491,584 parameters (10 billion tokens)"
+        ),
+        "parameters": 253_545_216,
+        "config": {
+            "vocabulary_size": 16384,
+            "num_layers": 8,
+            "num_query_heads": 8,
+            "num_key_value_heads": 4,
+            "hidden_dim": 768,
+            "intermediate_dim": 1536,
+            "num_experts": 8,
+            "num_experts_per_token": 2,
+            "max_sequence_length": 8192,
+            "expert_dispatch": "exact",
+            "expert_capacity": 1.25,  # The card does not say.
+            "dropout": 0.03,
+            "rope_dtype": None,
+            "initializer_range": None,
         },
     },
 }

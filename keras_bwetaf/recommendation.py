@@ -36,6 +36,7 @@ SHAPE = (
     "num_key_value_heads",
     "hidden_dim",
     "intermediate_dim",
+    "num_experts",
 )
 
 
@@ -204,7 +205,7 @@ def recommend(
 def _compiled(config, dtype, sequence_length, known, num_devices):
     """The row of `COMPILED` for this training, or None."""
     card = PRESETS["97m"]["config"]
-    is_same_model = all(config.get(name) == card[name] for name in SHAPE)
+    is_same_model = all(config.get(name) == card.get(name) for name in SHAPE)
     is_same_step = (dtype, sequence_length) == (
         "bfloat16",
         card["max_sequence_length"],
@@ -253,6 +254,7 @@ def estimated_memory(config, dtype, sequence_length, known, remat, num_shards):
     them; and a copy to compute with, where that is of another dtype or put
     together from several devices. Of each token: what every
     layer keeps, which is 6 vectors of `hidden_dim`, 3 of `intermediate_dim`
+    for each expert that the token uses,
     and, with the plain kernel of attention, the weights of 9/16 of all pairs
     of tokens; as much again for the layer whose gradient is computed; and an
     eighth of its logits, in float32 and in the dtype of the products. With
@@ -271,16 +273,18 @@ def estimated_memory(config, dtype, sequence_length, known, remat, num_shards):
     """
     width, inner = config["hidden_dim"], config["intermediate_dim"]
     num_layers, vocabulary = config["num_layers"], config["vocabulary_size"]
+    experts = config.get("num_experts", 1)
+    inner_of_token = inner * config.get("num_experts_per_token", 1)
     weight_bytes, product_bytes = BYTES[dtype]
     has_copy = num_shards > 1 or weight_bytes != product_bytes
     # Keys and values as wide as queries, which they are at most.
     num_weights = vocabulary * width + num_layers * (
-        4 * width**2 + 3 * width * inner + 4 * width + 2 * inner
+        4 * width**2 + 4 * width + experts * (3 * width * inner + 2 * inner)
     )
     state = num_weights * (
         4 + has_copy * product_bytes + (weight_bytes + 4) / num_shards
     )
-    of_layer = 6 * width + 3 * inner
+    of_layer = 6 * width + 3 * inner_of_token
     if not _has_splash(known):
         heads = config["num_query_heads"]
         heads = heads if isinstance(heads, int) else max(heads)

@@ -12,6 +12,7 @@ from keras_bwetaf import (
     BwETAFCausalLM,
     BwETAFSampler,
     BwETAFV2Backbone,
+    BwETAFV4Backbone,
     arguments,
 )
 from keras_bwetaf.run.settings import TrainingSettings
@@ -39,7 +40,7 @@ def names(keywords):
 
 
 def test_backbone():
-    backbones = (BwETAFBackbone, BwETAFV2Backbone)
+    backbones = (BwETAFBackbone, BwETAFV2Backbone, BwETAFV4Backbone)
     assert names(arguments.BackboneConfig) == {
         name for each in backbones for name in each.config_names()
     }

@@ -93,18 +93,24 @@ class RotaryEmbedding(keras.layers.Layer):
     pairs:                         └─────┘ (0, 3), (1, 4), (2, 5)
     ```
 
+    With `num_heads`, each of as many equal parts of the vector is turned by
+    itself, as if it were the whole.
+
     Args:
         max_wavelength: float. The base of the frequencies.
         rope_dtype: str or `None`. Dtype in which the angles are computed;
             `None` is the layer's compute dtype. The rotation itself always
             runs in float32.
+        num_heads: int or `None`. The number of heads that the vector consists
+            of, each turned by itself. `None` turns the vector as a whole.
 
     Call arguments:
         inputs: float tensor `(batch, length, width)`.
         positions: int tensor `(length,)` or `(batch, length)`. Defaults to
             0, 1, 2, ...
         num_shards: int. Inputs are in the order of
-            `sharding.halves_to_shards` with this number of shards.
+            `sharding.halves_to_shards` with this number of shards. Heads that
+            are turned by themselves may be in any order.
 
     Output shape:
         The input's.
@@ -117,15 +123,21 @@ class RotaryEmbedding(keras.layers.Layer):
     """
 
     def __init__(
-        self, *, max_wavelength: float, rope_dtype: str | None, **kwargs: Any
+        self,
+        *,
+        max_wavelength: float,
+        rope_dtype: str | None,
+        num_heads: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.max_wavelength = max_wavelength
         self.rope_dtype = rope_dtype
+        self.num_heads = num_heads
 
     def build(self, input_shape):
         self.frequencies = inverse_frequencies(
-            input_shape[-1], self.max_wavelength
+            input_shape[-1] // (self.num_heads or 1), self.max_wavelength
         )
         self.built = True
 
@@ -141,19 +153,23 @@ class RotaryEmbedding(keras.layers.Layer):
         angles = rotary_angles(
             positions, self.frequencies, self.rope_dtype or self.compute_dtype
         )  # ([batch,] length, width // 2)
-        # ([batch,] length, num_shards, pairs of a shard)
-        angles = jnp.reshape(angles, (*angles.shape[:-1], num_shards, -1))
+        # Heads have the same angles, shards their own.
+        num_parts, num_angles = num_shards, num_shards
+        if self.num_heads is not None:
+            num_parts, num_angles = self.num_heads, 1
+        # ([batch,] length, num_angles, pairs of a part)
+        angles = jnp.reshape(angles, (*angles.shape[:-1], num_angles, -1))
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        # (batch, length, num_shards, width // num_shards)
-        shards = jnp.asarray(inputs, "float32")
-        shards = jnp.reshape(shards, (*inputs.shape[:-1], num_shards, -1))
+        # (batch, length, num_parts, width // num_parts)
+        parts = jnp.asarray(inputs, "float32")
+        parts = jnp.reshape(parts, (*inputs.shape[:-1], num_parts, -1))
         half = angles.shape[-1]
         # `rest` is the last dimension of an odd width, or empty.
-        first, second, rest = jnp.split(shards, [half, 2 * half], axis=-1)
+        first, second, rest = jnp.split(parts, [half, 2 * half], axis=-1)
         rotated = jnp.concatenate(
             [first * cos - second * sin, second * cos + first * sin, rest],
             axis=-1,
-        )  # (batch, length, num_shards, width // num_shards)
+        )  # (batch, length, num_parts, width // num_parts)
         return jnp.reshape(rotated, inputs.shape).astype(inputs.dtype)
 
     def get_config(self) -> dict[str, Any]:
@@ -162,6 +178,7 @@ class RotaryEmbedding(keras.layers.Layer):
             {
                 "max_wavelength": self.max_wavelength,
                 "rope_dtype": self.rope_dtype,
+                "num_heads": self.num_heads,
             }
         )
         return config

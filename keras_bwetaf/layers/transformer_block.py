@@ -136,8 +136,8 @@ class TransformerBlock(keras.layers.Layer):
         """`call` in training, with what `remat` says computed again.
 
         Weights are arguments of the function that JAX differentiates, and
-        changed counters its results: a variable that is assigned inside of it
-        would leak a tracer.
+        changed counters and losses its results: a variable that is assigned
+        inside of it would leak a tracer.
         """
         # State that a step changes, such as dropout's seeds, holds ints.
         counters = [
@@ -148,21 +148,25 @@ class TransformerBlock(keras.layers.Layer):
 
         def forward(values, hidden_states):
             mapping = zip(self.variables, values, strict=True)
-            with keras.StatelessScope(state_mapping=list(mapping)) as scope:
+            with keras.StatelessScope(
+                state_mapping=list(mapping), collect_losses=True
+            ) as scope:
                 outputs = self._forward(
                     hidden_states,
                     training=True,
                     padding_mask=padding_mask,
                     positions=positions,
                 )
-            return outputs, [scope.get_current_value(v) for v in counters]
+            counts = [scope.get_current_value(v) for v in counters]
+            return outputs, counts, scope.losses
 
         forward = jax.checkpoint(forward, policy=REMAT_POLICIES[self.remat])
-        outputs, counts = forward(
+        outputs, counts, losses = forward(
             [variable.value for variable in self.variables], hidden_states
         )
         for variable, count in zip(counters, counts, strict=True):
             variable.assign(count)
+        self.add_loss(losses)
         return outputs
 
     def _forward(

@@ -5,6 +5,12 @@ from keras_bwetaf.models.bwetaf_v2 import (
     BwETAFV2CausalLMPreprocessor,
     BwETAFV2Tokenizer,
 )
+from keras_bwetaf.models.bwetaf_v4 import (
+    BwETAFV4Backbone,
+    BwETAFV4CausalLM,
+    BwETAFV4CausalLMPreprocessor,
+    BwETAFV4Tokenizer,
+)
 from keras_bwetaf.models.causal_lm import BwETAFCausalLM
 from keras_bwetaf.models.causal_lm_preprocessor import (
     BwETAFCausalLMPreprocessor,
@@ -20,5 +26,9 @@ __all__ = [
     "BwETAFV2CausalLM",
     "BwETAFV2CausalLMPreprocessor",
     "BwETAFV2Tokenizer",
+    "BwETAFV4Backbone",
+    "BwETAFV4CausalLM",
+    "BwETAFV4CausalLMPreprocessor",
+    "BwETAFV4Tokenizer",
     "train_tokenizer",
 ]

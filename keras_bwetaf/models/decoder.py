@@ -25,7 +25,10 @@ from keras_bwetaf.preset_files import open_preset
 # Keywords that every Keras model takes, besides the configuration.
 KERAS_KEYWORDS = ("name", "trainable")
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-SIZES = ("vocabulary_size", "intermediate_dim", "max_sequence_length")
+SIZES = (
+    *("vocabulary_size", "intermediate_dim", "max_sequence_length"),
+    *("num_experts", "num_experts_per_token"),
+)
 
 # (key, value) for each layer, `(batch * heads, head_dim, slots)` and
 # `(batch * heads, slots, head_dim)`.
@@ -453,6 +456,12 @@ class DecoderBackbone(LoraBackbone):
             f"{feedforward}/output/lora_kernel_a": (data, None),
             f"{feedforward}/output/lora_kernel_b": (None, either),
             f"{feedforward}/output/bias": (data,),
+            # Experts, (experts, inputs, outputs).
+            f"{feedforward}/(gate|intermediate|output)_kernel": (
+                *(model, data, None),
+            ),
+            f"{feedforward}/(gate|intermediate|output)_bias": (model, data),
+            f"{feedforward}/router": (None, data),
             r"(transformer_layer_\d+/\w+|final)_norm/scale": (data,),
             r".*/((kernel|embeddings)_(scale|zero)|g_idx)": (),
             r".*/seed_generator_state": (),

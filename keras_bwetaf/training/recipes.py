@@ -51,6 +51,20 @@ RECIPES["v2-130m"] = {
     "beta_2": 0.95,
     "epsilon": 1e-7,
 }
+# The card has the peak, the decay and that weights are float32. The rest are
+# usual values.
+RECIPES["v4-preview"] = {
+    **RECIPES["97m"],
+    "initial_learning_rate": 0.0,
+    "peak_learning_rate": 7e-4,
+    "final_learning_rate": 7e-5,
+    "beta_1": 0.9,
+    "beta_2": 0.95,
+    "epsilon": 1e-8,
+    "decay_vectors": False,
+    "moments_dtype": "float32",
+    "global_clipnorm": 1.0,
+}
 RECIPES["small"] = {
     **RECIPES["97m"],
     "initial_learning_rate": 0.0,
@@ -64,7 +78,7 @@ DECAYS = ("cosine", "linear")
 
 
 def recipe(
-    name: Literal["97m", "v3-97m", "v2-53m", "v2-130m", "small"],
+    name: Literal["97m", "v3-97m", "v2-53m", "v2-130m", "v4-preview", "small"],
     total_steps: int,
     **changes: Unpack[RecipeChanges],
 ) -> AdamW:
@@ -78,8 +92,13 @@ def recipe(
     `"v2-53m"` and `"v2-130m"` are those of their cards: moments in float32,
     and gradients as they are.
 
+    `"v4-preview"` has what the card of that model says: AdamW, and a learning
+    rate that falls from 7e-4 along a cosine. The card says no more. Moments
+    are float32, as the original's; warm-up, betas, weight decay, clipping and
+    the end of the cosine are usual values.
+
     `"small"` is for models of a few million parameters, trained from nothing
-    in hundreds or thousands of steps: the same, but the learning rate rises
+    in hundreds or thousands of steps: as `"97m"`, but the learning rate rises
     from 0 to 3e-3 in the first 10% of the steps and falls to 1e-4.
 
     Args:

@@ -46,6 +46,18 @@ CONFIG_V2 = {
     "emb_scaling_factor": 1,
     "res_scale": 1,
 }
+CONFIG_V4 = {
+    "arc": {
+        "num_heads": 4,
+        "attention_dim": 32,
+        "num_blocks": 2,
+        "ff_dim": 24,
+        "vocab_size": 512,
+    },
+    "attn": {"attn_chunks": 1, "gqa_repeats": 2, "theeta": 10000},
+    "moe": {"num_experts": 4, "top_k": 2, "capacity": 1.25},
+    "dropout_rate": 0.03,
+}
 STATS = b'{"name": "tiny", "num_params": 1, "loss": [[8.25, 7.5]], "lr": []}'
 
 
@@ -134,6 +146,63 @@ def parameters(config, draw):
         if "gqa_repeats" not in config:
             del tree[f"blocks_{layer}"]["d1"]["b"]
     return jax.tree.map(lambda array: array, {"params": tree})
+
+
+def parameters_v4(config, draw):
+    """The tree of version 4, whose layers are stacked."""
+    sizes, experts = config["arc"], config["moe"]["num_experts"]
+    v, d, f = (sizes[n] for n in ("vocab_size", "attention_dim", "ff_dim"))
+    layers, k = sizes["num_blocks"], d // config["attn"]["gqa_repeats"]
+    mixture = {
+        "key_kernel": draw(layers, experts, d, f),
+        "key_bias": draw(layers, experts, f),
+        "gate_kernel": draw(layers, experts, d, f),
+        "gate_bias": draw(layers, experts, f),
+        "out_kernel": draw(layers, experts, f, d),
+        "out_bias": draw(layers, experts, d),
+    }
+    if experts > 1:
+        mixture["router"] = draw(layers, d, experts)
+    block = {
+        "ln1": {"scale": draw(layers, d)},
+        "attn": {
+            "q_dense": {"w": draw(layers, d, d)},
+            "k_dense": {"w": draw(layers, d, k)},
+            "v_dense": {"w": draw(layers, d, k)},
+            "d_out": {"w": draw(layers, d, d), "b": draw(layers, 1, 1, d)},
+        },
+        "ln2": {"scale": draw(layers, d)},
+        "MoE_FFN": mixture,
+    }
+    tree = {
+        "emb": {"embedding": draw(v, d)},
+        "f_ln": {"scale": draw(d)},
+        "blocks": {"block": block},
+    }
+    return jax.tree.map(lambda array: array, {"params": tree})
+
+
+def write_original_v4(folder, draw=None, *, moments=None, config=CONFIG_V4):
+    """As `write_original`, of version 4, which has no stats here."""
+    folder.mkdir()
+    path = folder / "understanding_good_stuff.json"
+    path.write_text(json.dumps(config, indent=2))
+    draw = draw or normal("float32")
+    write_msgpack(folder / "good_stuff.pkl", parameters_v4(config, draw))
+    if moments:
+        count = np.array(7, "int32")
+        chain = {
+            "0": {
+                "count": count,
+                "mu": parameters_v4(config, moments),
+                "nu": parameters_v4(config, moments),
+            },
+            "1": {},
+            "2": {"count": count},
+        }
+        state = {"inner_states": {"default": {"inner_state": chain}}}
+        write_msgpack(folder / "make_stuff_better.pkl", state)
+    return folder
 
 
 def adamw_state(config, draw, step=7):

@@ -85,7 +85,13 @@ def make_corpus(folder):
     import jax
     import optax
 
-    from tests.converters.folders import CONFIG_V2, normal, write_original
+    from tests.converters.folders import (
+        CONFIG_V2,
+        CONFIG_V4,
+        normal,
+        write_original,
+        write_original_v4,
+    )
     from tests.original import manager
 
     config = dict(
@@ -130,6 +136,18 @@ def make_corpus(folder):
         **dict(num_heads=2, attention_dim=8, vocab_size=12, ff_dim=6),
     )
 
+    write_original_v4(
+        folder / "flax-v4",
+        moments=normal("float32"),
+        config=CONFIG_V4
+        | {
+            "arc": {
+                **dict(num_heads=2, attention_dim=8, num_blocks=2, ff_dim=6),
+                "vocab_size": 12,
+            }
+        },
+    )
+
     def convert(source, target, **options):
         converters.convert(folder / source, folder / target, **options)
 
@@ -141,6 +159,8 @@ def make_corpus(folder):
     convert("plain", "keras-shards", to="keras")
     convert("flax-v2", "torch-v2", to="torch")
     convert("torch-v2", "keras-v2", to="keras")
+    convert("flax-v4", "torch-v4", to="torch")
+    convert("torch-v4", "keras-v4", to="keras")
     shard = "model_00000.weights.h5"
     path = folder / "keras-shards" / "model.weights.h5"
     path.rename(path.with_name(shard))
@@ -363,6 +383,7 @@ def damage_json(rng, data, others):
 SETTINGS = (
     *("num_heads", "attention_dim", "note", "vocab_size", "init_std"),
     *("use_rope", "emb_splt", "use_fash_attention", "res_scale"),
+    *("arc", "attn", "moe"),
 )
 KEPT = {
     "flax": {

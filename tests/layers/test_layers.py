@@ -12,6 +12,7 @@ import pytest
 from keras_bwetaf.layers import (
     FeedForward,
     GroupedQueryAttention,
+    MixtureOfExperts,
     RMSNormalization,
     RotaryEmbedding,
     TransformerBlock,
@@ -288,7 +289,19 @@ def test_skip_initialization():
 
 
 CONFIGS = {
-    RotaryEmbedding: dict(max_wavelength=500.0, rope_dtype="bfloat16"),
+    RotaryEmbedding: dict(
+        max_wavelength=500.0, rope_dtype="bfloat16", num_heads=4
+    ),
+    MixtureOfExperts: dict(
+        num_experts=4,
+        num_experts_per_token=2,
+        intermediate_dim=24,
+        initializer_range=0.5,
+        dispatch="original_token",
+        capacity=2.0,
+        loss_weights=(0.1, 0.2),
+        router_noise_steps=5,
+    ),
     RMSNormalization: dict(epsilon=1e-4, precision="bfloat16"),
     FeedForward: dict(
         intermediate_dim=24, initializer_range=0.5, use_inner_bias=False
