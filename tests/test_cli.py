@@ -487,6 +487,7 @@ def test_plot_refuses(tmp_path, run):
     assert status == 1 and "stats.json" in complaints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_quantize(run, folder, tmp_path, bits):
     target = tmp_path / "small"

@@ -57,7 +57,10 @@ REPLACE = {
         ),
         ('"tiny"', '"small"'),
     ],
-    "docs/family.md": [('"v2-53m"', '"small"')],
+    "docs/family.md": [
+        ('"v2-53m"', '"small"'),
+        ('"v4-preview"', '"small-v4"'),
+    ],
     "docs/finetuning.md": [
         ('"tiny"', '"small"'),
         ("--preset tiny", "--preset small"),
@@ -86,6 +89,7 @@ REPLACE = {
     ],
 }
 SLOW = {
+    "docs/dtypes.md",
     *("README.md", "docs/index.md"),
     *("docs/training.md", "docs/finetuning.md", "docs/evaluation.md"),
 }
@@ -117,6 +121,22 @@ def files(tmp_path_factory):
     )
     lm = keras_bwetaf.BwETAFCausalLM(backbone, preprocessor)
     lm.save_to_preset(folder / "small")
+    backbone = keras_bwetaf.models.BwETAFV4Backbone(
+        vocabulary_size=tokenizer.vocabulary_size(),
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=16,
+        intermediate_dim=24,
+        num_experts=4,
+        num_experts_per_token=2,
+        max_sequence_length=256,
+    )
+    preprocessor = keras_bwetaf.BwETAFV4CausalLMPreprocessor(
+        tokenizer, sequence_length=256
+    )
+    lm = keras_bwetaf.BwETAFV4CausalLM(backbone, preprocessor)
+    lm.save_to_preset(folder / "small-v4")
     shutil.copytree(trained.FOLDER, folder / "flax-folder")
     tasks.write(folder, 4)
     (folder / "prompts.txt").write_text("Once\nOne day\n")

@@ -74,6 +74,7 @@ def test_validation_loss(name, dtype):
     assert abs(received - expected) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_continuations(name, dtype):
@@ -92,6 +93,7 @@ def test_greedy_continuations(name, dtype):
     assert greedy(load(folder, dtype), prompts, NUM_NEW) == expected
 
 
+@pytest.mark.slow
 def test_text():
     """Through GPT-2's tokenizer: what the original's own interface gave."""
     lm = load(checkpoint("bwetafv2-kjv-gpt2"))
@@ -125,6 +127,7 @@ def made_here(tmp_path_factory):
     return folder / "trained", rows[64:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loss_of_a_model_made_here(made_here, dtype):
     folder, rows = made_here
@@ -132,6 +135,7 @@ def test_loss_of_a_model_made_here(made_here, dtype):
     assert abs(losses(load(folder, dtype), rows) - expected) < 1e-3
 
 
+@pytest.mark.slow
 def test_greedy_continuations_of_a_model_made_here(made_here):
     """Each token is the likeliest by the original's logits of one pass."""
     folder, rows = made_here

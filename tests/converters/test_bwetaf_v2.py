@@ -81,6 +81,7 @@ def every(request, tmp_path_factory):
 # === No bit changes ===
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", FORMATS)
 def test_every_pair(every, layout, tmp_path):
     for to in FORMATS:
@@ -124,6 +125,7 @@ def test_keras_loads_what_we_write(tmp_path):
 # === The original loads what we write ===
 
 
+@pytest.mark.slow
 def test_the_original_loads_what_we_write(tmp_path):
     """And computes equal logits, with the configuration that it wrote."""
     source = tmp_path / "source"
@@ -193,6 +195,7 @@ def test_pytorch(tmp_path, torch_model, changes):
     assert relative_l2(received, keras_logits(source, ids)) < 1e-5
 
 
+@pytest.mark.slow
 def test_pytorch_in_bfloat16(tmp_path, torch_model):
     """Float32 logits, and no farther from float32 than Keras's."""
     source = write_original(
@@ -247,6 +250,7 @@ def test_pytorch_trains_and_saves(tmp_path, torch_model):
     assert converted.architecture.name == "BwETAFv2"
 
 
+@pytest.mark.slow
 def test_verify(tmp_path):
     source = write_original(
         tmp_path / "flax", normal("float32"), settings=CONFIG_V2

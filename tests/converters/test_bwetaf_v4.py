@@ -85,6 +85,7 @@ def every(request, tmp_path_factory):
 # === No bit changes ===
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", FORMATS)
 def test_every_pair(every, layout, tmp_path):
     for to in FORMATS:
@@ -165,6 +166,7 @@ def test_compiled_programs_are_never_read(tmp_path):
 # === The original loads what we write ===
 
 
+@pytest.mark.slow
 def test_the_original_loads_what_we_write(tmp_path):
     """And computes equal logits, with the configuration that it wrote."""
     source = tmp_path / "source"
@@ -209,6 +211,7 @@ def keras_logits(folder, ids, dtype="float32", **changes):
     return np.asarray(lm(inputs), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["exact", "original_token"])
 @pytest.mark.parametrize(
     "changes",
@@ -231,6 +234,7 @@ def test_pytorch(tmp_path, torch_model, changes, rule):
     assert relative_l2(received, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_pytorch_continues_padded_prompts(tmp_path, torch_model):
     """Cached, and padded on the left, as each prompt alone without a cache."""
     source = write_original_v4(tmp_path / "flax", normal("float32"))
@@ -272,6 +276,7 @@ def test_pytorch_refuses_the_rule_of_batches(tmp_path, torch_model):
         torch_model(source, expert_dispatch="original_batch")
 
 
+@pytest.mark.slow
 def test_verify(tmp_path):
     source = write_original_v4(tmp_path / "flax", normal("float32"))
     convert(source, tmp_path / "torch", to="torch")

@@ -69,6 +69,7 @@ def test_several_documents(lm, texts):
     assert result.nats == sum(each.nats for each in result.documents)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 5, 16, None])
 def test_windows_of_a_long_text(lm, texts, stride):
     """Each token is predicted once, from the window that ends soonest."""
@@ -93,6 +94,7 @@ def test_windows_of_a_long_text(lm, texts, stride):
     np.testing.assert_allclose(result.nats, total, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_window_of_all_is_one_long_context(lm, texts):
     long = " ".join(texts)
     count = len(lm.preprocessor.tokenizer(long))
@@ -128,6 +130,7 @@ def test_packed_rows_count_as_in_evaluate(lm, rows, kind):
     )
 
 
+@pytest.mark.slow
 def test_it_is_the_loss_of_the_original(lm, rows):
     """Its loss function on the same rows; dropout 0, or as it is."""
     tokens = rows["token_ids"]

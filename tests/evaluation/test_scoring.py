@@ -52,7 +52,9 @@ def test_rows_are_scored_as_by_logits(lm, groups):
         np.testing.assert_array_equal(is_greedy, is_likeliest)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    "quantized", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_continuations_are_scored_as_alone(groups, quantized):
     lm = keras_bwetaf.from_preset(trained.FOLDER, dtype="float32")
     if quantized:

@@ -593,6 +593,7 @@ def test_prompt_buckets():
     assert all(size <= prompt_bucket(size) for size in range(1, 2049))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "temperature", [pytest.param(0, marks=pytest.mark.slow), 0.9]
 )

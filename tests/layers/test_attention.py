@@ -189,6 +189,7 @@ def test_plain_attention_reads_no_later_keys():
     assert flops[0] < 0.6 * flops[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_weights", [False, True])
 def test_keep_weights(keep_weights):
     """The gradient holds weights, or nothing larger than its inputs."""
@@ -405,6 +406,7 @@ def hidden_states():
     return np.random.default_rng(0).standard_normal(shape, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["plain", "splash", "cudnn"])
 @pytest.mark.parametrize(
     "shapes",

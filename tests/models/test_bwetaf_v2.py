@@ -304,6 +304,7 @@ class Losses(keras.callbacks.Callback):
 
 
 class KerasHubChecks(KerasHubTestCase):
+    @pytest.mark.slow
     def test_backbone(self):
         self.run_backbone_test(
             cls=BwETAFV2Backbone,
@@ -452,6 +453,7 @@ def test_training_in_bfloat16(dtype):
     assert last < 0.7 * first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["attention", "block", "full"])
 def test_remat_changes_no_loss(folder, remat):
     ids = token_ids((8, 32))
@@ -468,6 +470,7 @@ def test_remat_changes_no_loss(folder, remat):
     np.testing.assert_allclose(losses(remat), losses("none"), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lora(folder, tmp_path):
     lm, ids = load(folder), token_ids((4, 16))
     before = logits_of(lm, ids)
@@ -485,6 +488,7 @@ def test_lora(folder, tmp_path):
     assert relative_l2(logits_of(again, ids), trained) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8(folder, tmp_path, dtype):
     lm, ids = load(folder, dtype), token_ids((2, 16))

@@ -71,6 +71,13 @@ CONFIGURATIONS = {
     },
     "all experts": {"num_experts": 4, "top_k": 4, "capacity": 1.0},
 }
+# The others take as long.
+SOME = [
+    name
+    if name in ("card", "odd widths")
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in CONFIGURATIONS
+]
 # The only ones whose whole-sequence rule is exact.
 EXACT = {
     "one choice": {"top_k": 1, "num_experts": 4, "capacity": 4},
@@ -120,7 +127,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", SOME)
 def test_whole_sequences(name, tmp_path):
     changes = CONFIGURATIONS[name]
     originals.run("v4", "save", tmp_path / "flax", seed=1, **changes)
@@ -132,7 +139,7 @@ def test_whole_sequences(name, tmp_path):
     assert difference <= 1e-5
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", SOME)
 def test_the_generators_rule(name, tmp_path):
     """All rows and tokens at once, as each row and token by itself."""
     changes = CONFIGURATIONS[name]
@@ -143,6 +150,7 @@ def test_the_generators_rule(name, tmp_path):
     assert relative_l2(logits_of(lm, ids), expected) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_dispatch(name, tmp_path):
     originals.run("v4", "save", tmp_path / "flax", seed=3, **EXACT[name])
@@ -152,7 +160,7 @@ def test_exact_dispatch(name, tmp_path):
     assert relative_l2(received, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", SOME)
 def test_exact_dispatch_is_that_of_all_experts(name, tmp_path):
     """In float64, where each token's experts are computed one by one."""
     changes = CONFIGURATIONS[name]
@@ -189,6 +197,7 @@ def test_documents(folder):
     assert relative_l2(logits_of(lm, ids, numbers), expected) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"top_k": 1, "num_experts": 4}])
 def test_bfloat16_is_no_farther_from_float64(changes, tmp_path):
     originals.run(
@@ -259,6 +268,7 @@ def test_auxiliary_losses(folder):
         assert abs(received - np.dot(weights, expected)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_written_folder_loads_in_the_original(folder, tmp_path):
     import converters
 
@@ -275,6 +285,7 @@ def test_a_written_folder_loads_in_the_original(folder, tmp_path):
 
 
 class KerasHubChecks(KerasHubTestCase):
+    @pytest.mark.slow
     def test_backbone(self):
         self.run_backbone_test(
             cls=BwETAFV4Backbone,
@@ -332,6 +343,7 @@ def test_initial_weights():
             assert abs(values.std() / 128**-0.5 - 1) < 0.05, variable.path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["exact", "original_token"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cached_steps_are_one_pass(folder, dtype, rule):
@@ -355,6 +367,7 @@ def test_cached_steps_are_one_pass(folder, dtype, rule):
         assert (gaps == 0).mean() > 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["exact", "original_token"])
 def test_seeds(folder, rule):
     """A row continues in a batch as alone, and again with the same seed."""
@@ -396,6 +409,7 @@ def all_experts(layer, inputs, weights, experts, projections, expert_axes):
     return jnp.einsum("btei,bte->bti", outputs, share)
 
 
+@pytest.mark.slow
 def test_five_steps(folder, monkeypatch):
     """Of `fit`, auxiliary losses included, beside all experts, masked."""
     ids = token_ids((20, 32))
@@ -416,6 +430,7 @@ def test_five_steps(folder, monkeypatch):
         assert relative_l2(ours, theirs) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["attention", "block", "full"])
 def test_remat_changes_no_loss(folder, remat):
     """Nor do auxiliary losses and noise get lost."""
@@ -431,6 +446,7 @@ def test_remat_changes_no_loss(folder, remat):
     assert expected[0] > without[0] + 1.5  # 1 or more in each layer.
 
 
+@pytest.mark.slow
 def test_noise_fades(folder):
     ids = token_ids((4, 16))
     quiet = load(folder).backbone(batch_of(ids), training=True)
@@ -444,6 +460,7 @@ def test_noise_fades(folder):
     assert relative_l2(noiseless, quiet) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
 def test_training_in_bfloat16(dtype):
     keras.utils.set_random_seed(0)
@@ -456,6 +473,7 @@ def test_training_in_bfloat16(dtype):
     assert last < 0.7 * first
 
 
+@pytest.mark.slow
 def test_lora(folder, tmp_path):
     lm, ids = load(folder), token_ids((4, 16))
     before = logits_of(lm, ids)
@@ -474,6 +492,7 @@ def test_lora(folder, tmp_path):
     assert relative_l2(logits_of(again, ids), trained) < 1e-5
 
 
+@pytest.mark.slow
 def test_int8(folder, tmp_path):
     """Attention and embeddings are quantized; experts stay floats."""
     lm, ids = load(folder), token_ids((2, 16))

@@ -202,6 +202,7 @@ def test_compiled_settings_survive_saving(tmp_path):
     assert float(again.optimizer.learning_rate) == 0.5
 
 
+@pytest.mark.slow
 def test_keras_hub_loads_what_we_save(tmp_path):
     """`keras_hub.models.CausalLM.from_preset` finds our classes."""
     tokenizer = train_tokenizer(TEXTS * 6, 300)
@@ -297,6 +298,7 @@ QUANTIZATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
 @pytest.mark.filterwarnings("ignore:The model has no preprocessor")
 @pytest.mark.parametrize(

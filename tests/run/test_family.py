@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_bwetaf
-from keras_bwetaf import BwETAFV2CausalLM
+from keras_bwetaf import BwETAFV2CausalLM, BwETAFV4CausalLM
 from keras_bwetaf.training import recipe
 from tests.data.conftest import make_documents
 from tests.run.test_run import assert_same_weights, interrupt, one_device
@@ -23,7 +23,20 @@ MODELS = {
             "intermediate_dim": 24,
             "max_sequence_length": 32,
         },
-    )
+    ),
+    "v4-preview": (
+        BwETAFV4CausalLM,
+        {
+            "num_layers": 1,
+            "num_query_heads": 2,
+            "num_key_value_heads": 1,
+            "hidden_dim": 16,
+            "intermediate_dim": 24,
+            "num_experts": 4,
+            "max_sequence_length": 32,
+            "router_noise_steps": 4,
+        },
+    ),
 }
 
 
@@ -62,7 +75,12 @@ def test_text_to_model(preset, corpus, tmp_path):
     assert type(lm.preprocessor.tokenizer) is cls.preprocessor_cls.tokenizer_cls
     assert lm.preprocessor.tokenizer.end_token == "<|EOS|>"
     prompt = "The night"
-    assert lm.generate(prompt, max_new_tokens=8).startswith(prompt)
+    text = lm.generate(prompt, max_new_tokens=8, seed=1)
+    assert text.startswith(prompt)
+    pieces = lm.stream(prompt, max_new_tokens=8, seed=1, tokens_per_dispatch=3)
+    assert prompt + "".join(pieces) == text
+    stats = json.loads((tmp_path / "whole" / "stats.json").read_text())
+    assert stats["evaluation"]["bits_per_byte"] > 0
 
 
 def test_recipes_are_the_cards():
