@@ -43,6 +43,15 @@ Revision = Annotated[
 ]
 
 
+Preset = Annotated[
+    str,
+    typer.Argument(
+        metavar="PRESET", help="A name, hf://owner/repo, or a folder."
+    ),
+]
+Share = Annotated[float | None, typer.Option(min=0, max=1)]
+
+
 class DType(enum.StrEnum):
     """What `--dtype` may be."""
 
@@ -131,17 +140,26 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 is greedy.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    top_p: Share = None,
     top_k: Annotated[
         int | None, typer.Option(min=0, help="0 keeps all.")
     ] = None,
-    min_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    min_p: Share = None,
     repetition_penalty: Annotated[float | None, typer.Option(min=0)] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1)] = None,
     dtype: Annotated[DType | None, typer.Option()] = None,
     revision: Revision = None,
 ):
     """Continue PROMPT and print the text as it is made; or a file's prompts."""
+    # Long, since each of its parameters is an option.
+    if (prompt is None) == (input is None):
+        raise typer.BadParameter("give either PROMPT or --input")
+    if (input is None) != (output is None):
+        raise typer.BadParameter("--input and --output go together")
+    if prompt == "-":
+        prompt = sys.stdin.read().removesuffix("\n")
+    if prompt == "":
+        raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
     settings = {
         "temperature": temperature,
         "top_p": top_p,
@@ -153,23 +171,7 @@ def generate(
     settings = {
         name: value for name, value in settings.items() if value is not None
     }
-    if (prompt is None) == (input is None):
-        raise typer.BadParameter("give either PROMPT or --input")
-    if (input is None) != (output is None):
-        raise typer.BadParameter("--input and --output go together")
-    if prompt == "-":
-        prompt = sys.stdin.read().removesuffix("\n")
-    if prompt == "":
-        raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
-
-    preset_files.check_preset(preset, revision)
-    keras_bwetaf.enable_compilation_cache()
-    if input is not None:
-        records = keras_bwetaf.prompts.read_prompts(input)
-    try:
-        keras_bwetaf.BwETAFSampler(**settings)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    records = _checked_prompts(preset, revision, input, settings)
     lm = keras_bwetaf.from_preset(preset, dtype=dtype, revision=revision)
     options = {
         "max_new_tokens": max_new_tokens,
@@ -177,21 +179,32 @@ def generate(
         "stop_strings": stop or None,
         **settings,
     }
-    if input is not None:
-        keras_bwetaf.prompts.continue_prompts(
-            lm,
-            records,
-            output,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            **options,
-        )
-        return
+    if records is None:
+        _print_samples(lm, prompt, num_samples, options)
+    else:
+        options |= {"num_samples": num_samples, "batch_size": batch_size}
+        keras_bwetaf.prompts.continue_prompts(lm, records, output, **options)
+
+
+def _checked_prompts(preset, revision, path, settings):
+    """The prompts of a file, or None; what is wrong is said before loading."""
+    preset_files.check_preset(preset, revision)
+    keras_bwetaf.enable_compilation_cache()
+    try:
+        keras_bwetaf.BwETAFSampler(**settings)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return None if path is None else keras_bwetaf.prompts.read_prompts(path)
+
+
+def _print_samples(lm, prompt, num_samples, options):
+    """Prints texts as they are made, with an empty line between them."""
+    seed = options.get("seed")
     for sample in range(num_samples):
         if sample:
             print()
         if seed is not None:
-            options["seed"] = (seed + sample) % 2**32
+            options = {**options, "seed": (seed + sample) % 2**32}
         _print_pieces([prompt], lm.stream(prompt, **options))
 
 
@@ -222,12 +235,7 @@ def _interrupts():
 
 @app.command()
 def info(
-    preset: Annotated[
-        str,
-        typer.Argument(
-            metavar="PRESET", help="A name, hf://owner/repo, or a folder."
-        ),
-    ],
+    preset: Preset,
     revision: Revision = None,
 ):
     """Print the configuration, parameters and files of PRESET."""
@@ -442,12 +450,7 @@ def plot(
 
 @app.command()
 def quantize(
-    preset: Annotated[
-        str,
-        typer.Argument(
-            metavar="PRESET", help="A name, hf://owner/repo, or a folder."
-        ),
-    ],
+    preset: Preset,
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Where to write the model.")
     ],
@@ -483,12 +486,7 @@ def _weight_bytes(lm):
 
 @app.command("eval")
 def evaluate(
-    preset: Annotated[
-        str,
-        typer.Argument(
-            metavar="PRESET", help="A name, hf://owner/repo, or a folder."
-        ),
-    ],
+    preset: Preset,
     data: Annotated[
         str | None,
         typer.Option(help="Text to predict: files, hf://datasets/..., tfds:"),
@@ -525,6 +523,7 @@ def evaluate(
     revision: Revision = None,
 ):
     """Measure how well PRESET predicts text, or does tasks."""
+    # Long, since each of its parameters is an option.
     if (data is None) == (tasks is None):
         raise typer.BadParameter("give either --data or --tasks")
     if output is not None and not output.parent.is_dir():
@@ -534,7 +533,7 @@ def evaluate(
     preset_files.check_preset(preset, revision)
     if tasks is not None:
         # Before what takes long, it says whether it is installed.
-        evaluate_tasks = keras_bwetaf.evaluation.evaluate_tasks
+        keras_bwetaf.evaluation.evaluate_tasks  # noqa: B018
     keras_bwetaf.enable_compilation_cache()
     lm = keras_bwetaf.from_preset(preset, dtype=dtype, revision=revision)
     if data is not None:
@@ -546,7 +545,7 @@ def evaluate(
         )
         results, table = result.summary(), str(result)
     else:
-        results = evaluate_tasks(
+        results = keras_bwetaf.evaluation.evaluate_tasks(
             lm,
             tasks.split(","),
             batch_size=batch_size,

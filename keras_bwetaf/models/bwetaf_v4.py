@@ -118,6 +118,7 @@ class BwETAFV4Backbone(DecoderBackbone):
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
+        # Long, since it names each argument twice.
         self.check_keras_keywords(kwargs)
         arguments = self.checked_config(
             vocabulary_size=vocabulary_size,
