@@ -6,17 +6,10 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from keras_bwetaf.checks import positive_int
 from keras_bwetaf.generation.generation import bucket, prompt_bucket
+from keras_bwetaf.generation.request import progress_bar
 from keras_bwetaf.layers.sharding import by_row, num_row_groups, replicated
 from keras_bwetaf.models import BwETAFCausalLM
 from keras_bwetaf.step.train_step import (
@@ -155,16 +148,7 @@ class Scorer:
     def _batches(self, items, size, title):
         """Yields numbers of items of similar sizes, the largest first."""
         order = sorted(range(len(items)), key=lambda i: -size(items[i]))
-        console = Console(stderr=True)
-        progress = Progress(
-            TextColumn(title),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (console.is_terminal or console.is_jupyter),
-        )
-        with progress:
+        with progress_bar(title) as progress:
             task = progress.add_task("", total=len(order))
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]

@@ -117,21 +117,32 @@ def batches_of(request, batch_size):
         yield rows, request
         return
     rows.sort(key=lambda i: -len(request.prompts[i]))
+    with progress_bar("Generating") as progress:
+        task = progress.add_task("", total=len(rows))
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            yield batch, request.of_rows(batch)
+            progress.advance(task, len(batch))
+
+
+def progress_bar(title):
+    """A progress bar on standard error, if somebody sees it.
+
+    Args:
+        title: str.
+
+    Returns:
+        `rich.progress.Progress`, a context manager.
+    """
     console = Console(stderr=True)
-    progress = Progress(
-        TextColumn("Generating"),
+    return Progress(
+        TextColumn(title),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         disable=not (console.is_terminal or console.is_jupyter),
     )
-    with progress:
-        task = progress.add_task("", total=len(rows))
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            yield batch, request.of_rows(batch)
-            progress.advance(task, len(batch))
 
 
 def _check_prompts(prompts, vocabulary_size):
