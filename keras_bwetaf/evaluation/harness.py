@@ -12,6 +12,7 @@ from keras_bwetaf.optional import import_optional
 
 lm_eval = import_optional("lm_eval", "eval", "Evaluation on tasks")
 
+# After that, which says how to install it.
 from lm_eval.api.model import TemplateLM  # noqa: E402
 from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
